@@ -1,0 +1,36 @@
+# Every target works from a clean clone: it makes the environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: tune test test-slow test-gpu lint ui clean
+
+tune: $(VENV)/.ready
+	$(BIN)/python -m pipeline tune $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 $(ARGS)
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: $(VENV)/.ready
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port 5000
+
+# torch first and pinned, so that a CPU build already at hand is taken before any other package asks for a newer one.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -1,0 +1,1 @@
+"""Post-training quantisation: calibration samples, recipes, quantised checkpoints."""

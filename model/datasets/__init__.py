@@ -1,0 +1,1 @@
+"""Event logs and the ranking samples made from them."""

@@ -1,0 +1,1 @@
+"""GPU kernels, each beside its slow oracle."""

@@ -1,0 +1,1 @@
+"""Tune, prove and ship the fastest way to serve an MTGR ranking model."""

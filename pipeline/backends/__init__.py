@@ -1,0 +1,1 @@
+"""Serving engines, one module or package each; `registry` maps their names to them."""

@@ -1,0 +1,1 @@
+"""HTTP scoring server over any artifact."""
