@@ -6,7 +6,8 @@ Sources: MTGR arXiv 2505.18654, HSTU arXiv 2402.17152; fields marked *ours* are 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 KINDS = ("user", "static", "realtime", "candidate")
@@ -64,3 +65,15 @@ SIZES: dict[str, ModelConfig] = {
     "base": ModelConfig(d_model=768, layers=18, heads=12, max_seq_len=1536, scaling_seqlen=1536, embedding_dim=64),
     "large": ModelConfig(d_model=1024, layers=24, heads=16, max_seq_len=2048, scaling_seqlen=2048, embedding_dim=64),
 }
+
+
+def resolve(section: Mapping[str, Any]) -> ModelConfig:
+    """{'size': 'tiny', **fields to change} -> ModelConfig. Raises ValueError naming what is wrong."""
+    changes = dict(section)
+    size = changes.pop("size", "tiny")
+    if size not in SIZES:
+        raise ValueError(f"model.size is one of {', '.join(SIZES)}, got {size!r}")
+    unknown = sorted(set(changes) - {f.name for f in fields(ModelConfig)})
+    if unknown:
+        raise ValueError(f"model.{unknown[0]} is not a field of the model; there are {', '.join(f.name for f in fields(ModelConfig))}")
+    return replace(SIZES[size], **changes)

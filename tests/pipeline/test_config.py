@@ -1,0 +1,56 @@
+"""Overrides become frozen dataclasses once, at the door; what does not fit is refused with the way out."""
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import CONF, GoalConfig, TuneConfig, compose
+from pipeline.errors import UserError
+
+
+def test_defaults_compose_into_frozen_dataclasses() -> None:
+    config, text = compose([])
+    assert isinstance(config, TuneConfig)
+    assert list(config.backends) == ["eager", "compiled", "onnxruntime"]
+    assert isinstance(config.goal, GoalConfig)
+    assert config.goal.objectives == ["latency_ms/p99"]
+    assert yaml.safe_load(text)["model"]["size"] == "tiny"
+    with pytest.raises(FrozenInstanceError):
+        config.checkpoint = "elsewhere"  # type: ignore[misc]
+
+
+def test_groups_values_and_pins_override() -> None:
+    config, _ = compose(["goal=throughput", "backend=[eager]", "study.trials=3", "+settings.engine.threads=1", "model=small"])
+    assert config.goal.bounds[0].metric == "latency_ms/p99"
+    assert config.goal.bounds[0].relative
+    assert list(config.backends) == ["eager"]
+    assert config.study.trials == 3
+    assert config.settings == {"engine.threads": 1}
+    assert config.model["size"] == "small"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["study.trails=3"], "trails"),
+        (["study.trials=many"], "many"),
+        (["model=huge"], "huge"),
+        (["backend=[]"], "at least one engine"),
+        (["workload.requests=100"], "at least 459"),
+        (["study.name=a/b"], "study.name"),
+        (["study.sampler=grid"], "tpe, random"),
+        (["measure.load=1.5"], "measure.load"),
+        (["model.width=3"], "width"),
+    ],
+)
+def test_what_does_not_fit_is_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        compose(overrides)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_every_choice_of_every_group_composes(path: Path) -> None:
+    override = f"+{path.parent.name}={path.stem}" if path.parent.name == "experiment" else f"{path.parent.name}={path.stem}"
+    compose([override])
