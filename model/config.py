@@ -28,12 +28,16 @@ class ModelConfig:
     """N of the attention's 1/N. Fixed, so that candidates stay independent of how many came along."""
     embedding_dim: int = 32
     """Columns of every embedding table. *Ours*."""
+    embedding_std: float = 0.02
+    """Spread of a fresh table. *Ours*."""
     layer: Literal["hstu", "gated_conv"] = "hstu"
     """Block: MTGR's HSTU variant, or the comparison transformer (`gated_conv`). The latter is *ours*."""
     d_ff: int = 0
     """Inner width of gated_conv's feed-forward; 0 with hstu."""
     trunk: Literal["mlp", "mmoe"] = "mlp"
     """Shared part of the heads: the paper's MLP, or a mixture of experts (*ours*)."""
+    experts: int = 4
+    """Experts of the mmoe trunk; without meaning for mlp."""
     share_seq_mlp: bool = True
     """S and R events share one input MLP."""
     token_gate: bool = False
@@ -41,7 +45,8 @@ class ModelConfig:
     group_norm: bool = True
     """Norm parameters per token kind; False is the ablation with one shared pair."""
     dynamic_mask: bool = True
-    """MTGR's mask; False is the ablation in which every history token is causal and candidates see all earlier R by index."""
+    """MTGR's mask; False is the ablation in which every history token, static ones too, sees only what came before it in the request.
+    Candidates keep their own view (strictly earlier R and themselves) in both: seeing more would leak labels in training."""
     cross_features: bool = True
     """Candidates carry user-item features; False is the ablation."""
     norm_eps: float = 1e-6
@@ -51,7 +56,7 @@ class ModelConfig:
             raise ValueError(f"d_model must be divisible by heads, got d_model={self.d_model}, heads={self.heads}; change either")
         if (self.layer == "gated_conv") != (self.d_ff > 0):
             raise ValueError(f"d_ff belongs to layer=gated_conv and must be positive there and 0 elsewhere, got layer={self.layer}, d_ff={self.d_ff}")
-        for name in ("d_model", "layers", "heads", "max_seq_len", "scaling_seqlen", "embedding_dim"):
+        for name in ("d_model", "layers", "heads", "max_seq_len", "scaling_seqlen", "embedding_dim", "experts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
