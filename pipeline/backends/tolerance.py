@@ -1,0 +1,20 @@
+"""How far an engine's scores may lie from the float64 oracle, per precision: the one table that tests and docs share.
+
+These catch mistakes in an engine, not losses of accuracy: whether a precision ranks well enough is decided per trial on held-out users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.contracts import Settings
+
+SCORE: Mapping[str, float] = {"fp32": 5e-5, "bf16": 2e-2, "int8": 5e-2}
+"""Largest absolute difference of a probability. The smallest planted mistake in the model moves toy scores by 0.05."""
+
+
+def precision(settings: Settings) -> str:
+    """The key of `SCORE` for an engine's quant.* and build.* settings."""
+    if str(settings.get("quant.recipe", "none")).startswith("int8"):
+        return "int8"
+    return str(settings.get("build.precision", "fp32"))
