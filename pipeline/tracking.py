@@ -145,7 +145,7 @@ def _uri(uri: str, study_folder: Path) -> str:
 
 def _unreachable(uri: str, study_folder: Path, error: Exception) -> UserError:
     return UserError(
-        f"MLflow at {uri} cannot be used: {_first_line(error)}; nothing is lost, every trial is in {study_folder}. Once it can be reached, log it with "
+        f"MLflow at {uri} cannot be used: {_first_line(error)}; nothing is lost, every trial is in {study_folder}. Log it later with "
         f'python -c "from pathlib import Path; from pipeline.tracking import sync; sync(Path({str(study_folder)!r}), {uri!r})"'
     )
 
