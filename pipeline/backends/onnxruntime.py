@@ -1,0 +1,193 @@
+"""ONNX Runtime on the CPU: the network as one optimised graph, in float32 or with int8 products.
+
+Building exports the checkpoint (or takes the graph of a quantised one), lets the runtime optimise it once and keeps the result, so that
+loading imports neither torch nor onnx and optimises nothing. What the runtime made of the graph is counted there, from the very
+file that is served: asking for int8 is one thing, getting integer kernels another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.packing import pack_numpy
+from pipeline.backends.graph import integer_bias, optimise
+from pipeline.backends.knobs import SERVE, Knob, settle, threads
+from pipeline.backends.session import BatchedSession, policy
+from pipeline.contracts import Feature, FeatureSchema, RankingRequest, Settings
+from pipeline.errors import ArtifactError, CheckpointError, SettingsError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+GRAPH, MANIFEST = "graph.onnx", "engine.json"
+NONE = "none"
+
+BUILD: Mapping[str, Knob] = {
+    "quant.recipe": Knob(default=NONE, options=(NONE, "int8_max", "int8_smoothquant")),
+    "build.graph_level": Knob(default="all", options=("basic", "extended", "all")),
+}
+LOAD: Mapping[str, Knob] = {
+    "engine.threads": threads(),
+    "engine.arena": Knob(default=True, options=(True, False)),
+    "engine.spinning": Knob(default=True, options=(True, False)),
+    **SERVE,
+}
+
+INTEGER_KERNELS = ("QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+"""Products that the runtime computes in int8."""
+
+SPINNING = "session.intra_op.allow_spinning"
+
+
+class OnnxRuntimeBackend:
+    """contracts.Backend."""
+
+    name = "onnxruntime"
+
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run it; None when it can."""
+        from importlib.util import find_spec
+
+        missing = [package for package in ("onnx", "onnxruntime") if find_spec(package) is None]
+        return f"{' and '.join(missing)} not installed; pip install {' '.join(missing)}" if missing else None
+
+    def build(self, checkpoint: Path, settings: Settings, out: Path) -> None:
+        """Optimised graph, then engine.json, in `out`. Raises SettingsError where the recipe is not the checkpoint's, CheckpointError if broken."""
+        settled = settle(self.name, settings, BUILD)
+        recipe = str(settled["quant.recipe"])
+        draft = out / "draft.onnx"
+        if (checkpoint / "model.onnx").is_file():
+            described = _open_quantised(checkpoint, recipe)
+            integer_bias(checkpoint / "model.onnx", draft)
+        else:
+            described = _export(checkpoint, recipe, draft)
+        operators = optimise(draft, out / GRAPH, str(settled["build.graph_level"]))
+        draft.unlink()
+        integer = sum(operators.get(name, 0) for name in INTEGER_KERNELS)
+        if recipe != NONE and not integer:
+            raise SettingsError(
+                f"quant.recipe={recipe} must give integer kernels, but at build.graph_level={settled['build.graph_level']} the runtime made none "
+                "of this graph and would compute in float; use build.graph_level=extended or all"
+            )
+        manifest = {**described, "settings": settled, "operators": operators, "integer_kernels": integer, "files": {GRAPH: _sha256(out / GRAPH)}}
+        (out / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+    def load(self, engine: Path, settings: Settings) -> BatchedSession:
+        """Open a built graph. Raises SettingsError, or ArtifactError where the folder is not whole."""
+        import onnxruntime
+
+        settled = settle(self.name, settings, LOAD)
+        manifest = _read_manifest(engine)
+        session = onnxruntime.InferenceSession(
+            str(engine / GRAPH),
+            _options(int(settled["engine.threads"]), bool(settled["engine.arena"]), bool(settled["engine.spinning"])),
+            providers=["CPUExecutionProvider"],
+        )
+        taken = frozenset(value.name for value in session.get_inputs())
+        multiple = policy(settled).multiple
+
+        def run(requests: Sequence[RankingRequest]) -> NDArray[np.float32]:
+            arrays = pack_numpy(requests, multiple)
+            scores: NDArray[np.float32] = session.run(None, {name: array for name, array in arrays.items() if name in taken})[0]
+            return scores
+
+        schema = manifest["schema"]
+        return BatchedSession(
+            run,
+            schema=FeatureSchema(
+                **{group: tuple(Feature(**feature) for feature in schema[group]) for group in ("user", "event", "candidate")},
+                cross=tuple(schema["cross"]),
+                heads=tuple(schema["heads"]),
+            ),
+            max_seq_len=int(manifest["max_seq_len"]),
+            settings=settled,
+            effective=lambda: _effective(session, manifest),
+        )
+
+
+BACKEND = OnnxRuntimeBackend()
+
+
+def _effective(session: onnxruntime.InferenceSession, manifest: Mapping[str, Any]) -> Settings:
+    """From the session's own options, and from the operators of the file it runs."""
+    options = session.get_session_options()
+    integer = int(manifest["integer_kernels"])
+    return {
+        "quant.recipe": str(manifest["settings"]["quant.recipe"]) if integer else NONE,
+        "build.graph_level": str(manifest["settings"]["build.graph_level"]),
+        "build.integer_kernels": integer,
+        "build.operators": sum(manifest["operators"].values()),
+        "engine.threads": int(options.intra_op_num_threads),
+        "engine.arena": bool(options.enable_cpu_mem_arena),
+        "engine.spinning": options.get_session_config_entry(SPINNING) == "1",
+        "engine.provider": ",".join(session.get_providers()),
+    }
+
+
+def _options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.SessionOptions:
+    """For serving: the graph is optimised already, and one batch runs at a time."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = intra_threads
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = arena
+    # The memory pattern is planned per set of input shapes, and these hardly ever come twice.
+    options.enable_mem_pattern = False
+    options.add_session_config_entry(SPINNING, "1" if spinning else "0")
+    return options
+
+
+def _open_quantised(checkpoint: Path, recipe: str) -> dict[str, Any]:
+    """Check every byte of a quantised checkpoint and that it was made by `recipe`."""
+    try:
+        hashes = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        config = json.loads((checkpoint / "config.json").read_text())
+        made = config["recipe"]["name"]
+        described = {"schema": config["schema"], "max_seq_len": config["model"]["max_seq_len"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint} is not a whole quantised checkpoint ({error}); quantise again") from error
+    for name, expected in hashes.items():
+        found = _sha256(checkpoint / name) if (checkpoint / name).is_file() else "no such file"
+        if found != expected:
+            raise CheckpointError(f"{checkpoint / name} is not what was written: expected sha256 {expected}, found {found}; quantise again")
+    if made != recipe:
+        raise SettingsError(f"quant.recipe must be the checkpoint's own, {made}, got {recipe}; set it so, or give the checkpoint made for {recipe}")
+    return described
+
+
+def _export(checkpoint: Path, recipe: str, path: Path) -> dict[str, Any]:
+    """The float32 graph of a trained checkpoint."""
+    if recipe != NONE:
+        raise SettingsError(f"quant.recipe={recipe} needs a checkpoint quantised so, but {checkpoint} holds float weights; quantise it first")
+    from model import checkpoint as checkpoints
+    from model.export import export_onnx
+
+    model = checkpoints.load(checkpoint)
+    export_onnx(model.float(), path)
+    return {"schema": asdict(model.schema), "max_seq_len": model.config.max_seq_len}
+
+
+def _read_manifest(engine: Path) -> dict[str, Any]:
+    path = engine / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"a built engine ends with {MANIFEST}, but {engine} has none: it is incomplete; build it again")
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    found, expected = _sha256(engine / GRAPH) if (engine / GRAPH).is_file() else "no such file", manifest["files"][GRAPH]
+    if found != expected:
+        raise ArtifactError(f"{engine / GRAPH} is not what was built: expected sha256 {expected}, found {found}; build it again")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
