@@ -1,8 +1,8 @@
 """Checkpoints: one folder of `config.json`, `model.safetensors` and, last, `manifest.json` with the sha256 of both.
 
-A folder is written beside its final name and renamed, so that it is whole or absent; into a folder already there the files move one by one,
-the manifest last, so that without one it is not whole. Reading checks every hash first, because one flipped bit in a weight changes scores without a word. What to resume training from (optimiser
-state, random numbers) is the trainer's business.
+A folder is written beside its final name and renamed, so that it is whole or absent; into a folder already there the files move
+one by one, the manifest last, so that without one it is not whole. Reading checks every hash first, because one flipped bit in a
+weight changes scores without a word. What to resume training from (optimiser state, random numbers) is the trainer's business.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ def save(folder: Path, model: MTGR, extra: Mapping[str, Any] | None = None) -> N
     Raises MachineError where the disk is full or not writable; a checkpoint already there is then left as it was.
     Other files in the folder stay.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
     try:
-        draft.mkdir()
+        draft.mkdir(parents=True)
         config = {"model": model.config.to_dict(), "schema": asdict(model.schema), "extra": dict(extra or {})}
         (draft / CONFIG).write_text(json.dumps(config, indent=1))
         save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, draft / WEIGHTS)

@@ -31,8 +31,8 @@ class SoftmaxAttention(nn.Module):
     def forward(self, qkv: Tensor, layout: Layout) -> Tensor:
         """[T, 3 * width] -> [T, width]."""
         padded = take_rows(qkv, layout.rows, layout.unpad)
-        q, k, v = self._split(padded[: layout.places], layout.history)
-        own_q, own_k, own_v = self._split(padded[layout.places :], layout.candidates)
+        q, k, v = self._split(padded[: layout.places], layout.requests, layout.history)
+        own_q, own_k, own_v = self._split(padded[layout.places :], layout.requests, layout.candidates)
         history = torch.matmul(self._weights(torch.matmul(q * self.alpha, k.transpose(-1, -2)), layout.history_mask), v)
         own_q = own_q * self.alpha
         seen = torch.matmul(own_q, k.transpose(-1, -2)).float().masked_fill(layout.candidate_mask == 0, HIDDEN)
@@ -44,8 +44,8 @@ class SoftmaxAttention(nn.Module):
     def _weights(self, scores: Tensor, mask: Tensor) -> Tensor:
         return torch.softmax(scores.float().masked_fill(mask == 0, HIDDEN), dim=-1).to(scores.dtype)
 
-    def _split(self, rows: Tensor, length: int) -> tuple[Tensor, ...]:
-        return rows.view(-1, length, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
+    def _split(self, rows: Tensor, requests: int, length: int) -> tuple[Tensor, ...]:
+        return rows.view(requests, length, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _join(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).reshape(-1, self.heads * self.head_width)
@@ -58,8 +58,8 @@ def taps(x: Tensor, layout: Layout) -> Tensor:
     """
     width = x.shape[-1]
     padded = take_rows(x, layout.rows, layout.unpad)
-    history = padded[: layout.places].view(-1, layout.history, width)
-    candidates = padded[layout.places :].view(-1, layout.candidates, width)
+    history = padded[: layout.places].view(layout.requests, layout.history, width)
+    candidates = padded[layout.places :].view(layout.requests, layout.candidates, width)
     before = functional.pad(history, (0, 0, 2, 0))
     columns = layout.candidate_limit[:, :, None].expand(-1, -1, width)
     history = torch.cat([before[:, :-2], before[:, 1:-1], history], dim=-1)

@@ -54,8 +54,8 @@ class HistoryCandidateAttention(nn.Module):
     def forward(self, qkv: Tensor, layout: Layout) -> Tensor:
         """[T, 3 * width] rows of all tokens -> [T, width]."""
         padded = take_rows(qkv, layout.rows, layout.unpad)
-        q, k, v = self._split(padded[: layout.places], layout.history, 3)
-        own_q, own_k, own_v = self._split(padded[layout.places :], layout.candidates, 3)
+        q, k, v = self._split(padded[: layout.places], layout.requests, layout.history, 3)
+        own_q, own_k, own_v = self._split(padded[layout.places :], layout.requests, layout.candidates, 3)
         history = torch.matmul(pointwise(torch.matmul(q * self.alpha, k.transpose(-1, -2)), layout.history_mask), v)
         candidates = self._candidates(own_q, own_k, own_v, k, v, layout)
         return take_rows(torch.cat([self._join(history), self._join(candidates)]), layout.unpad, layout.rows, layout.filled)
@@ -63,9 +63,9 @@ class HistoryCandidateAttention(nn.Module):
     def last(self, candidate_q: Tensor, kv: Tensor, layout: Layout) -> Tensor:
         """[C, width] queries and [T, 2 * width] keys and values -> [C, width]: only the candidates' rows."""
         padded = take_rows(kv, layout.rows, layout.unpad)
-        k, v = self._split(padded[: layout.places], layout.history, 2)
-        own_k, own_v = self._split(padded[layout.places :], layout.candidates, 2)
-        (own_q,) = self._split(take_rows(candidate_q, layout.candidate_places, layout.candidate_unpad), layout.candidates, 1)
+        k, v = self._split(padded[: layout.places], layout.requests, layout.history, 2)
+        own_k, own_v = self._split(padded[layout.places :], layout.requests, layout.candidates, 2)
+        (own_q,) = self._split(take_rows(candidate_q, layout.candidate_places, layout.candidate_unpad), layout.requests, layout.candidates, 1)
         candidates = self._join(self._candidates(own_q, own_k, own_v, k, v, layout))
         return take_rows(candidates, layout.candidate_unpad, layout.candidate_places, layout.filled[layout.places :])
 
@@ -75,9 +75,9 @@ class HistoryCandidateAttention(nn.Module):
         seen = torch.matmul(pointwise(torch.matmul(own_q, k.transpose(-1, -2)), layout.candidate_mask), v)
         return seen + functional.silu((own_q * own_k).sum(dim=-1, keepdim=True)) * own_v
 
-    def _split(self, rows: Tensor, length: int, parts: int) -> tuple[Tensor, ...]:
+    def _split(self, rows: Tensor, requests: int, length: int, parts: int) -> tuple[Tensor, ...]:
         """[B * length, parts * width] -> parts of [B, heads, length, head width]."""
-        return rows.view(-1, length, parts, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
+        return rows.view(requests, length, parts, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _join(self, x: Tensor) -> Tensor:
         """[B, heads, length, head width] -> [B * length, width]."""
