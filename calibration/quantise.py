@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -82,7 +83,8 @@ def calibrate(model: MTGR, recipe: Recipe, requests: Sequence[RankingRequest], p
             seen += BATCH
             progress(min(1.0, seen / len(requests)))
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is not calibrated, skip smoothing")  # the layers that the recipe leaves in float
         model = mtq.quantize(model, recipe.modelopt_config(), forward)
     for name, module in model.named_modules():
         if name.endswith("_quantizer") and module.is_enabled and not _sound(module.amax):

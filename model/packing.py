@@ -61,7 +61,7 @@ def pack_numpy(requests: Sequence[RankingRequest], bucket: int = 32) -> dict[str
     candidate_source = count * n_user + int(n_event.sum()) + candidate_start[request_of] + position - n_history[request_of]
     source[is_candidate] = candidate_source[is_candidate]
 
-    padded_history = _round_up(int(n_history.max()), bucket)
+    padded_history = _round_up(max(1, int(n_history.max())), bucket)  # a rectangle without columns cannot be reshaped
     padded_candidates = _round_up(int(n_candidate.max()), bucket)
     history_column = np.arange(padded_history)
     history_valid = history_column < n_history[:, None]

@@ -1,0 +1,172 @@
+"""The ONNX Runtime engine scores as the network does, says what it really runs, and needs neither torch nor onnx to load."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from calibration.quantise import quantise, restore
+from model import checkpoint
+from model.batch import pack
+from model.config import SIZES
+from model.network import MTGR
+from pipeline.backends.onnxruntime import BACKEND
+from pipeline.contracts import RankingRequest, Settings
+from pipeline.errors import ArtifactError, CheckpointError, InvalidRequest, SettingsError
+from pipeline.requests import load_requests, save_requests
+from tests.factories import SCHEMA, jagged_requests, random_request
+
+CONFIG = replace(SIZES["tiny"], d_model=32, layers=2, max_seq_len=512, scaling_seqlen=128, embedding_dim=16)
+ROOT = Path(__file__).resolve().parents[3]
+SERVE: Settings = {"engine.threads": 1, "serve.max_wait_ms": 0.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """checkpoint, calibration.npz and the quantised int8_max beside it."""
+    folder = tmp_path_factory.mktemp("onnxruntime")
+    torch.manual_seed(0)
+    checkpoint.save(folder / "checkpoint", MTGR(CONFIG, SCHEMA))
+    rng = np.random.default_rng(0)
+    sizes = rng.integers((0, 0, 1), (100, 60, 30), (40, 3)).tolist()
+    save_requests(folder / "calibration.npz", [random_request(rng, static=s, realtime=r, candidates=k, user_key=s) for s, r, k in sizes])
+    quantise(folder / "checkpoint", "int8_max", folder / "calibration.npz", folder / "int8_max", lambda share, text: None)
+    return folder
+
+
+def built(source: Path, out: Path, **settings: str) -> Path:
+    out.mkdir()
+    BACKEND.build(source, {name.replace("_", ".", 1): value for name, value in settings.items()}, out)
+    return out
+
+
+def scores(engine: Path, requests: list[RankingRequest], settings: Settings = SERVE) -> tuple[np.ndarray, Settings]:
+    session = BACKEND.load(engine, settings)
+    try:
+        return np.concatenate([future.result(30) for future in [session.submit(request) for request in requests]]), session.effective
+    finally:
+        session.close()
+
+
+def edge_cases() -> list[RankingRequest]:
+    rng = np.random.default_rng(3)
+    full = random_request(rng, static=200, realtime=CONFIG.max_seq_len - 2 - 200 - 4, candidates=4)
+    return [*jagged_requests(rng, count=8), random_request(rng, static=30, realtime=9, candidates=300), full]
+
+
+@pytest.mark.parametrize("level", ["basic", "extended", "all"])
+def test_float_scores_are_the_networks(folder: Path, tmp_path: Path, level: str) -> None:
+    requests = edge_cases()
+    got, effective = scores(built(folder / "checkpoint", tmp_path / "engine", build_graph_level=level), requests)
+    with torch.inference_mode():
+        expected = checkpoint.load(folder / "checkpoint")(*pack(requests).tensors()).numpy()
+    assert np.abs(got - expected).max() < 1e-5
+    assert effective["quant.recipe"] == "none"
+    assert effective["build.integer_kernels"] == 0
+
+
+def test_int8_runs_integer_kernels_and_scores_as_the_fake_quantised_model(folder: Path, tmp_path: Path) -> None:
+    requests = load_requests(folder / "calibration.npz")
+    got, effective = scores(built(folder / "int8_max", tmp_path / "engine", quant_recipe="int8_max"), requests)
+    with torch.inference_mode():
+        fake = restore(folder / "checkpoint", folder / "int8_max" / "modelopt.pt")(*pack(requests).tensors()).numpy()
+        exact = checkpoint.load(folder / "checkpoint")(*pack(requests).tensors()).numpy()
+    difference = np.abs(got - fake).max(axis=1)
+    assert np.median(difference) < 1e-5
+    assert np.mean(difference < 1e-4) > 0.7  # the rest are behind a tie of rounding, see calibration.parity
+    assert difference.max() < np.abs(got - exact).max() < 0.1
+    assert effective["quant.recipe"] == "int8_max"
+    assert effective["build.integer_kernels"] == 5
+
+
+def test_int8_without_integer_kernels_is_the_settings_fault(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"must give integer kernels, but at build\.graph_level=basic"):
+        built(folder / "int8_max", tmp_path / "engine", quant_recipe="int8_max", build_graph_level="basic")
+    assert not (tmp_path / "engine" / "engine.json").exists()
+
+
+@pytest.mark.parametrize(("source", "recipe", "message"), [
+    ("checkpoint", "int8_max", "holds float weights"),
+    ("int8_max", "none", "must be the checkpoint's own, int8_max, got none"),
+    ("int8_max", "int8_smoothquant", "must be the checkpoint's own, int8_max, got int8_smoothquant"),
+])  # fmt: skip
+def test_a_recipe_that_is_not_the_checkpoints_is_refused(folder: Path, tmp_path: Path, source: str, recipe: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        built(folder / source, tmp_path / "engine", quant_recipe=recipe)
+
+
+def test_settings_are_read_back(folder: Path, tmp_path: Path) -> None:
+    engine = built(folder / "checkpoint", tmp_path / "engine", build_graph_level="extended")
+    asked: Settings = {"engine.threads": 2, "engine.arena": False, "engine.spinning": False, "serve.max_batch_tokens": 300, "serve.bucket": 16}
+    _, effective = scores(engine, edge_cases()[:3], asked)
+    assert {name: effective[name] for name in asked} == asked
+    assert effective["build.graph_level"] == "extended"
+    _, other = scores(engine, edge_cases()[:1], {"engine.threads": 1})
+    assert (other["engine.threads"], other["engine.arena"], other["engine.spinning"]) == (1, True, True)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"engine.threads": 0}, "engine.threads takes"),
+    ({"engine.arena": 1}, "engine.arena takes one of True, False, got 1"),
+    ({"engine.streams": 2}, "got engine.streams"),
+])  # fmt: skip
+def test_settings_it_cannot_honour_are_refused(folder: Path, tmp_path: Path, settings: Settings, message: str) -> None:
+    engine = built(folder / "checkpoint", tmp_path / "engine")
+    with pytest.raises(SettingsError, match=message):
+        BACKEND.load(engine, settings)
+
+
+def test_requests_are_checked_at_the_edge(folder: Path, tmp_path: Path) -> None:
+    session = BACKEND.load(built(folder / "checkpoint", tmp_path / "engine"), SERVE)
+    request = random_request(np.random.default_rng(0))
+    request.candidates[0, 0] = 100
+    with pytest.raises(InvalidRequest, match="candidate feature 'item' takes ids 0 to 99, got 100"):
+        session.submit(request)
+    session.close()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "config.json"])
+def test_a_flipped_byte_in_a_quantised_checkpoint_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(folder / "int8_max", tmp_path / "int8_max")
+    content = bytearray((tmp_path / "int8_max" / name).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "int8_max" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="quantise again"):
+        built(tmp_path / "int8_max", tmp_path / "engine", quant_recipe="int8_max")
+
+
+def test_a_broken_engine_is_refused(folder: Path, tmp_path: Path) -> None:
+    engine = built(folder / "checkpoint", tmp_path / "engine")
+    graph = bytearray((engine / "graph.onnx").read_bytes())
+    graph[len(graph) // 2] ^= 1
+    (engine / "graph.onnx").write_bytes(graph)
+    with pytest.raises(ArtifactError, match="is not what was built"):
+        BACKEND.load(engine, SERVE)
+    (engine / "engine.json").unlink()
+    with pytest.raises(ArtifactError, match="has none: it is incomplete"):
+        BACKEND.load(engine, SERVE)
+
+
+def test_loading_imports_neither_torch_nor_onnx(folder: Path, tmp_path: Path) -> None:
+    engine = built(folder / "checkpoint", tmp_path / "engine")
+    save_requests(tmp_path / "requests.npz", edge_cases()[:2])
+    code = """
+import json, sys
+from pathlib import Path
+from pipeline.backends.registry import get
+from pipeline.requests import load_requests
+session = get("onnxruntime").load(Path(sys.argv[1]), {"engine.threads": 1})
+print(json.dumps([len(session.submit(request).result()) for request in load_requests(Path(sys.argv[2]))]))
+session.close()
+print(json.dumps(sorted({"torch", "onnx", "modelopt"} & set(sys.modules))))
+"""
+    command = [sys.executable, "-c", code, str(engine), str(tmp_path / "requests.npz")]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
+    assert json.loads(lines[0]) == [len(request.candidates) for request in edge_cases()[:2]]
+    assert json.loads(lines[1]) == []
