@@ -150,10 +150,7 @@ def _fill(part: Path, study: StudyFolder, trial: TrialRecord) -> None:
     engine = _engine(trial)
     shutil.copytree(engine, part / "engine")
     write_json(part / "settings.json", {"backend": trial.order.backend, "settings": trial.order.settings})
-    config = read_json(Path(trial.order.checkpoint) / "config.json")
-    if "schema" not in config:
-        raise ArtifactError(f"{trial.order.checkpoint}/config.json names no feature schema; train the checkpoint again")
-    write_json(part / "schema.json", config["schema"])
+    write_json(part / "schema.json", _described(engine)["schema"])
     with np.load(Path(trial.order.inputs) / "golden.npz") as columns:
         np.savez(part / "golden.npz", **{name: columns[name] for name in columns.files}, scores=_golden_scores(study, trial))
     (part / "README.md").write_text(_readme(study, trial), encoding="utf-8")
@@ -180,12 +177,19 @@ def _engine(trial: TrialRecord) -> Path:
     return Path(recorded)
 
 
+def _described(engine: Path) -> dict[str, Any]:
+    """engine.json, which every build writes: schema, max_seq_len."""
+    found = read_json(engine / "engine.json")
+    if not {"schema", "max_seq_len"} <= set(found):
+        raise ArtifactError(f"{engine / 'engine.json'} must name schema and max_seq_len, found {sorted(found)}; build the engine again")
+    return found
+
+
 def _manifest(study: StudyFolder, trial: TrialRecord, files: Mapping[str, str]) -> Manifest:
     decision, record, order = study.decision, study.record, trial.order
     assert decision is not None
     assert trial.measurement is not None
     inputs, checkpoint = Path(order.inputs), Path(order.checkpoint)
-    config = read_json(checkpoint / "config.json")
     sources = {"weights": checkpoint, "calibration": inputs / "calibration.npz", "quality": inputs / "quality.npz"}
     hashes = {name: digest_of(path) for name, path in sources.items() if path.exists()}
     shipped, base = decision.figures.get("winner" if decision.winner is not None else "baseline", {}), decision.figures.get("baseline", {})
@@ -200,7 +204,7 @@ def _manifest(study: StudyFolder, trial: TrialRecord, files: Mapping[str, str]) 
         settings=dict(order.settings),
         effective=dict(trial.measurement.effective),
         heads=record.heads,
-        limits={"max_seq_len": int(config.get("model", {}).get("max_seq_len", 0)), "chunk": int(record.data.get("chunk", 0))},
+        limits={"max_seq_len": int(_described(_engine(trial))["max_seq_len"]), "chunk": int(record.data.get("chunk", 0))},
         rate_rps=record.rate_rps,
         figures={name: value for name, value in shipped.items() if value is not None},
         baseline={name: value for name, value in base.items() if value is not None},

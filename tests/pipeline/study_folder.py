@@ -47,7 +47,7 @@ def make_study(root: Path, *, outcome: str = "improved", schema: FeatureSchema =
     golden = _inputs(inputs, rng)
     engine.mkdir(parents=True)
     (engine / "model.onnx").write_bytes(rng.bytes(4096))
-    (engine / "schema.json").write_text(json.dumps(_schema(schema)))
+    (engine / "engine.json").write_text(json.dumps({"backend": "onnxruntime", "schema": _schema(schema), "max_seq_len": 256}))
     for i, (role, backend, settings, ended, p99) in enumerate(TRIALS):
         order = Order(
             number=i, role=role, backend=backend, settings=dict(settings), checkpoint=str(checkpoint), inputs=str(inputs), cache=str(root / "cache"),

@@ -1,0 +1,393 @@
+"""What the report says, section by section, as blocks that `render` turns into HTML and Markdown alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import goals
+from pipeline.contracts import Outcome
+from pipeline.goals import HIGHER_IS_BETTER
+from pipeline.records import Figure, StudyFolder, TrialRecord
+from pipeline.report import facts, figures
+
+VERDICT = {
+    "improved": "A faster engine was found, confirmed, and ships",
+    "no_improvement": "Nothing beat the baseline: the baseline ships",
+    "undecided": "The confirmation could not decide: the baseline ships",
+}
+COMPARED = (
+    *(f"latency_ms/{name}" for name in ("p50", "p90", "p95", "p99", "max")),
+    "throughput_rps/peak",
+    "memory_mib/peak",
+    "time_s/load",
+    "time_s/build",
+)
+
+
+TRADE_OFFS = "A mark is a trial of the search; hollow ones break a limit. A line joins the trials that no other allowed one beats in both figures."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A paragraph; `strong` makes it the page's headline."""
+
+    text: str
+    strong: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Columns beyond the first `left` ones hold numbers."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """An SVG; `name` becomes its file."""
+
+    name: str
+    svg: str
+    caption: str
+    small: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """Something to copy into a terminal."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Headline figures: label, value, note."""
+
+    tiles: tuple[tuple[str, str, str], ...]
+
+
+Block = Text | Table | Drawing | Code | Tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading and what is under it."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+def sections(study: StudyFolder) -> list[Section]:
+    """The whole report; sections without content are left out."""
+    makers: Sequence[tuple[str, Callable[[StudyFolder], list[Block]]]] = (
+        ("Decision", decision),
+        ("Baseline against winner", comparison),
+        ("Accuracy, head by head", accuracy),
+        ("Latency", latency),
+        ("Trade-offs", trade_offs),
+        ("Knobs", knobs),
+        ("Trials over time", trials),
+        ("What did not work", failures),
+        ("Training", training),
+        ("Machine, versions, data", machine),
+        ("Reproduce it", reproduce),
+    )
+    made = [Section(title=title, blocks=tuple(make(study))) for title, make in makers]
+    return [section for section in made if section.blocks]
+
+
+def decision(study: StudyFolder) -> list[Block]:
+    """The first screen: what was decided and why."""
+    record, found = study.record, study.decision
+    counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(facts.outcomes(study).items()))
+    search = Text(
+        text=f"Goal: {' and '.join(goals.describe(o) for o in record.goal.objectives)}"
+        + (f", with {_bounds(study)}" if record.goal.bounds else "")
+        + f", at {record.rate_rps:.4g} requests per second. Trials: {counts or 'none yet'}."
+    )
+    if found is None:
+        return [Text(text="The study is not finished: nothing is decided yet", strong=True), search]
+    tiles = [("baseline", _number(found.metric, found.baseline.value), _interval(found.metric, found.baseline))]
+    if found.winner_figure:
+        who = "winner" if found.winner is not None else "candidate, turned down"
+        tiles.append((who, _number(found.metric, found.winner_figure.value), _interval(found.metric, found.winner_figure)))
+    if found.ratio:
+        tiles.append(("improvement", f"{found.ratio.value:.2f} x", f"95 %: {found.ratio.low:.2f} to {found.ratio.high:.2f}"))
+    tiles.append(("noise floor", f"{found.noise_floor:.3f} x", "baseline against itself"))
+    blocks: list[Block] = [Text(text=VERDICT[found.outcome], strong=True), Text(text=found.reason), Tiles(tiles=tuple(tiles))]
+    chosen = facts.shipped(study)
+    if chosen is not None:
+        blocks.append(Table(header=("", "engine", "settings"), rows=tuple(_who(study, t) for t in (study.baseline, chosen) if t), left=3))
+    return [*blocks, search]
+
+
+def comparison(study: StudyFolder) -> list[Block]:
+    """Confirmed figures where there are any, else those of the search."""
+    found = study.decision
+    if found is None or study.baseline is None:
+        return []
+    chosen = facts.shipped(study)
+    base = {**study.baseline.metrics, **{k: v for k, v in found.figures.get("baseline", {}).items() if v is not None}}
+    other = {**(chosen.metrics if chosen else {}), **{k: v for k, v in found.figures.get("winner", {}).items() if v is not None}}
+    confirmed = set(found.figures.get("baseline", {})) & set(found.figures.get("winner", {}))
+    rows = []
+    for metric in COMPARED:
+        if metric not in base or metric not in other:
+            continue
+        factor = other[metric] / base[metric] if base[metric] > 0 and other[metric] > 0 else math.nan
+        gain = factor if metric.partition("/")[0] in HIGHER_IS_BETTER else 1 / factor
+        sides = ((study.baseline, found.baseline), (chosen, found.winner_figure))
+        low_high = [_range(metric, _best_interval(t, figure, metric, found.metric, metric in confirmed)) for t, figure in sides]
+        rows.append(
+            (
+                metric,
+                f"{_number(metric, base[metric])}{low_high[0]}",
+                f"{_number(metric, other[metric])}{low_high[1]}",
+                _gain(gain),
+                "confirmed" if metric in confirmed else "search",
+            )
+        )
+    if not rows:
+        return []
+    note = "Confirmed: fresh processes, a new request list, baseline and candidate in turn. Search: one window of the search. Intervals are 95 %."
+    return [
+        Table(header=("metric", "baseline", "winner" if found.winner is not None else "candidate", "change", "from"), rows=tuple(rows)),
+        Text(text=note),
+    ]
+
+
+def accuracy(study: StudyFolder) -> list[Block]:
+    """Each trained head: baseline, winner, the upper bound of the loss, and the margin it had to stay under."""
+    chosen, base = facts.shipped(study), study.baseline
+    if base is None:
+        return []
+    margins = {b.metric: b.limit for b in study.record.goal.bounds if not b.relative and not b.at_least}
+    rows, losses = [], []
+    for head in study.record.heads:
+        for kind in ("auc", "gauc", "ne", "logloss"):
+            metric, loss = f"{kind}/{head}", f"{kind}_loss_upper/{head}"
+            figures_of = [t.metrics.get(metric, math.nan) if t else math.nan for t in (base, chosen)]
+            if not any(map(math.isfinite, figures_of)):
+                continue
+            upper = chosen.metrics.get(loss, math.nan) if chosen else math.nan
+            margin = margins.get(loss)
+            verdict = "" if margin is None or math.isnan(upper) else "kept" if upper <= margin else "lost"
+            cells = [f"{v:.5f}" if math.isfinite(v) else "" for v in figures_of]
+            rows.append((head, kind.upper(), *cells, _loss(upper), _loss(margin), verdict))
+            if margin is not None and math.isfinite(upper):
+                losses.append((f"{kind.upper()}, {head}", upper, None))
+    if not rows:
+        return []
+    header = ("head", "metric", "baseline", "chosen engine", "loss, upper bound", "margin", "")
+    blocks: list[Block] = [Table(header=header, rows=tuple(rows), left=2)]
+    limits = {margins[name] for name in margins if "_loss_upper/" in name}
+    if losses and len(limits) == 1 and (drawn := figures.forest(losses, "upper 95 % bound of the loss", limit=limits.pop(), zero=True)):
+        blocks.append(Drawing(name="accuracy", svg=drawn, caption="How much each head could have lost, at most, against the fp32 reference."))
+    masked = "Only heads the data has a signal for are trained, shown and gated. The loss is reference minus engine on the same held-out requests;"
+    return [*blocks, Text(text=f"{masked} its one-sided 95 % upper bound must stay under the margin.")]
+
+
+def latency(study: StudyFolder) -> list[Block]:
+    """From raw samples."""
+    drawn = figures.distribution(study)
+    caption = "Latency at every percentile under the offered load; thin lines are single confirmation windows, thick ones all of them together."
+    return [Drawing(name="latency", svg=drawn, caption=caption)] if drawn else []
+
+
+def trade_offs(study: StudyFolder) -> list[Block]:
+    """The first objective against the second, or else against accuracy, memory and throughput."""
+    others = [o.metric for o in study.record.goal.objectives[1:]]
+    losses = [f"gauc_loss_upper/{head}" for head in study.record.heads]
+    worst = max(losses, key=lambda name: max((t.metrics.get(name, -math.inf) for t in facts.measured(study)), default=-math.inf), default=None)
+    wanted = [*others, *([worst] if worst else []), "memory_mib/peak", "throughput_rps/peak"]
+    first = study.record.goal.objectives[0].metric
+    drawings = []
+    for metric in dict.fromkeys(wanted):
+        if metric != first and (drawn := figures.against(study, metric)):
+            caption = f"{first} against {metric}"
+            drawings.append(Drawing(name=f"against-{metric.replace('/', '-')}", svg=drawn, caption=caption, small=True))
+    return [Text(text=TRADE_OFFS), *drawings] if drawings else []
+
+
+def knobs(study: StudyFolder) -> list[Block]:
+    """What the measured trials had at each value of each knob."""
+    metric = study.record.goal.objectives[0].metric
+    found = facts.effects(study, metric)
+    if not found:
+        return []
+    best = max if study.record.goal.objectives[0].maximize else min
+    blocks: list[Block] = [
+        Text(
+            text=f"Descriptive only: each line is what the measured trials with that value came to in {metric}. The sampler chose the points, other "
+            "knobs differ between the lines, and a value seen once says little."
+        )
+    ]
+    for name, effects in found.items():
+        svg = figures.knob(study, effects, metric)
+        blocks.append(Drawing(name=f"knob-{name.replace('.', '-')}", svg=svg, caption=name, small=True))
+    rows = [(e.knob, e.value, str(len(e.figures)), f"{best(e.figures):.4g}", f"{e.median:.4g}") for effects in found.values() for e in effects]
+    return [*blocks, Table(header=("knob", "value", "trials", "best", "median"), rows=tuple(rows), left=2)]
+
+
+def trials(study: StudyFolder) -> list[Block]:
+    """Every trial, drawn and listed."""
+    if not study.trials:
+        return []
+    metric = study.record.goal.objectives[0].metric
+    blocks: list[Block] = []
+    if drawn := figures.timeline(study):
+        caption = (
+            "A mark where each trial ended; crosses on the upper edge were not measured. The steps are the best figure so far that keeps every limit."
+        )
+        blocks.append(Drawing(name="timeline", svg=drawn, caption=caption))
+    rows = []
+    for trial in study.trials:
+        value = trial.metrics.get(metric, math.nan)
+        limits = "; ".join(facts.broken(study, trial)) if trial.outcome is Outcome.MEASURED else ""
+        ended = str(trial.outcome or "unfinished") + (", breaks a limit" if limits else "")
+        rows.append((str(trial.number), trial.order.role, trial.order.backend, ended, _number(metric, value), facts.settings_text(trial)))
+    # Numbers first, then words: all set to the left, or the settings would be pushed out of sight.
+    return [*blocks, Table(header=("trial", "role", "engine", "outcome", metric, "settings"), rows=tuple(rows), left=6)]
+
+
+def failures(study: StudyFolder) -> list[Block]:
+    """Trials that were not measured by cause, broken limits, and engines that were left out."""
+    blocks: list[Block] = []
+    causes = facts.causes(study)
+    if causes:
+        rows = tuple((outcome, str(len(numbers)), ", ".join(map(str, numbers)), reason) for outcome, reason, numbers in causes)
+        blocks.append(Table(header=("outcome", "count", "trials", "in the engine's words"), rows=rows, left=4))
+    lost = [(str(t.number), t.order.backend, "; ".join(words)) for t in facts.measured(study) if (words := facts.broken(study, t))]
+    if lost:
+        blocks += [
+            Text(text="Measured, and out of the running because a limit is broken:"),
+            Table(header=("trial", "engine", "limit"), rows=tuple(lost), left=3),
+        ]
+    if study.record.skipped:
+        skipped = tuple(sorted(study.record.skipped.items()))
+        blocks += [Text(text="Engines that were not tried on this machine:"), Table(header=("engine", "why"), rows=skipped, left=2)]
+    return blocks
+
+
+def training(study: StudyFolder) -> list[Block]:
+    """The trained model beside its comparisons, with intervals."""
+    rows = [row for row in study.record.training.get("rows", ()) if isinstance(row, Mapping)]
+    tables = [(str(row.get("name", "")), _row_metrics(row), row.get("intervals", {})) for row in rows]
+    columns = list(dict.fromkeys(name for _, metrics, _ in tables for name in metrics))
+    blocks: list[Block] = []
+    if columns:
+        cells = tuple((name, *(_cell(metrics.get(c), intervals.get(c)) for c in columns)) for name, metrics, intervals in tables)
+        blocks.append(Table(header=("model", *columns), rows=cells))
+        for kind in ("auc", "gauc"):
+            column = next((c for c in columns if c.startswith(f"{kind}/")), None)
+            shown = [(name, metrics[column], _pair(intervals.get(column))) for name, metrics, intervals in tables if column and column in metrics]
+            if column and len(shown) > 1 and (drawn := figures.forest(shown, column)):
+                blocks.append(Drawing(name=f"training-{kind}", svg=drawn, caption=f"{column} on the same test events, with 95 % intervals."))
+    plain = {k: v for k, v in study.record.training.get("metrics", {}).items() if isinstance(v, (int, float))}
+    if plain and not columns:
+        blocks.append(Table(header=("metric", "trained checkpoint"), rows=tuple((k, f"{v:.5g}") for k, v in sorted(plain.items()))))
+    return blocks
+
+
+def machine(study: StudyFolder) -> list[Block]:
+    """Where and on what all of this holds."""
+    record = study.record
+    parts: Sequence[tuple[str, Mapping[str, Any]]] = (("machine", record.environment), ("data", record.data), ("model", record.model))
+    blocks: list[Block] = []
+    for name, mapping in parts:
+        if mapping:
+            rows = tuple((str(k).removeprefix("package."), _plain(v)) for k, v in mapping.items())
+            blocks.append(Table(header=(name, ""), rows=rows, left=2))
+    return blocks
+
+
+def reproduce(study: StudyFolder) -> list[Block]:
+    """Commands."""
+    blocks: list[Block] = [Text(text="The whole study:"), Code(text=study.record.command)]
+    chosen = facts.shipped(study) or study.baseline
+    if chosen is not None:
+        blocks += [Text(text="One trial again, from its folder:"), Code(text=f"python -m pipeline.trial {chosen.folder}")]
+    if (study.folder / "artifact").is_dir():
+        blocks += [Text(text="Serve what came out of it:"), Code(text=f"python -m pipeline serve {study.folder / 'artifact'}")]
+    return blocks
+
+
+def _bounds(study: StudyFolder) -> str:
+    shown = [goals.describe(b) for b in study.record.goal.bounds if "_loss_upper/" not in b.metric]
+    margins = sorted({b.limit for b in study.record.goal.bounds if "_loss_upper/" in b.metric})
+    shown += [f"at most {m:g} lost in AUC and GAUC of {', '.join(study.record.heads)}" for m in margins]
+    return " and ".join(shown)
+
+
+def _who(study: StudyFolder, trial: TrialRecord) -> tuple[str, str, str]:
+    assert study.decision is not None
+    who = "baseline" if trial.number == 0 else "winner" if study.decision.winner == trial.number else "turned down"
+    return f"{who} (trial {trial.number})", trial.order.backend, facts.settings_text(trial)
+
+
+def _number(metric: str, value: float) -> str:
+    if not math.isfinite(value):
+        return ""
+    unit = {"latency_ms": " ms", "throughput_rps": " / s", "memory_mib": " MiB", "time_s": " s"}.get(metric.partition("/")[0], "")
+    digits = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if unit != " ms" else f"{value:.2f}"
+    return f"{digits}{unit}"
+
+
+def _interval(metric: str, figure: Figure) -> str:
+    if not (math.isfinite(figure.low) and math.isfinite(figure.high)):
+        return ""
+    return f"95 %: {_number(metric, figure.low)} to {_number(metric, figure.high)}"
+
+
+def _best_interval(trial: TrialRecord | None, figure: Figure | None, metric: str, decided: str, confirmed: bool) -> tuple[float, float] | None:
+    """The interval that belongs to the figure shown: of the confirmation for the metric decided on, of the search where nothing was confirmed."""
+    if metric == decided and figure is not None:
+        return (figure.low, figure.high)
+    return None if confirmed or trial is None or trial.measurement is None else trial.measurement.intervals.get(metric)
+
+
+def _range(metric: str, interval: tuple[float, float] | None) -> str:
+    if interval is None or not all(map(math.isfinite, interval)):
+        return ""
+    low, high = (_number(metric, v).partition(" ")[0] for v in interval)
+    return f" ({low} to {high})"
+
+
+def _gain(gain: float) -> str:
+    if not math.isfinite(gain):
+        return ""
+    return "same" if abs(gain - 1) < 0.005 else f"{gain:.2f} x better" if gain > 1 else f"{1 / gain:.2f} x worse"
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.1e}"
+
+
+def _row_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in row.get("metrics", {}).items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    return (float(interval[0]), float(interval[1])) if interval and None not in interval else None
+
+
+def _cell(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None:
+        return ""
+    pair = _pair(interval)
+    return f"{value:.4f}" + (f" ({pair[0]:.4f} to {pair[1]:.4f})" if pair else "")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float, Mapping, list, tuple)):
+        return str(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
