@@ -77,7 +77,7 @@ class HistoryCandidateAttention(nn.Module):
 
     def _split(self, rows: Tensor, requests: int, length: int, parts: int) -> tuple[Tensor, ...]:
         """[B * length, parts * width] -> parts of [B, heads, length, head width]."""
-        return rows.view(requests, length, parts, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
+        return rows.view(requests, length, parts * self.heads, self.head_width).transpose(1, 2).split([self.heads] * parts, dim=1)
 
     def _join(self, x: Tensor) -> Tensor:
         """[B, heads, length, head width] -> [B * length, width]."""
