@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 def test_a_truncated_file_is_found(folder: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         checkpoint.load(folder)
 
 
@@ -123,13 +124,16 @@ def test_saving_again_replaces_and_leaves_other_files(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
 
 
-def test_a_disk_that_refuses_leaves_the_old_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(MachineError, match="No space left on device; make room"):
-        checkpoint.save(folder, lively_model(replace(CONFIG, layers=1)))
+@pytest.mark.parametrize("limit", [100, 20_000])
+def test_a_disk_that_refuses_leaves_the_old_checkpoint(folder: Path, limit: int) -> None:
+    """A real refusal by the system, met by the config (100 bytes) or by the weights."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(MachineError, match=r"File too large.*; make room"):
+            checkpoint.save(folder, lively_model(replace(CONFIG, layers=9)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoint.load(folder).config.layers == 2
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
 

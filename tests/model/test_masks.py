@@ -33,10 +33,7 @@ def test_every_cell_of_both_rectangles(dynamic: bool) -> None:
         static, history = len(request.user) + request.static_count, len(request.user) + len(request.events)
         for query in range(places.history):
             for key in range(places.history):
-                if dynamic:
-                    seen = key < static if query < static else key <= query
-                else:
-                    seen = key <= query
+                seen = key < static if dynamic and query < static else key <= query
                 expected = seen and query < history and key < history
                 assert places.history_mask[number, 0, query, key] == expected, (number, query, key)
         for query in range(places.candidates):
@@ -52,7 +49,7 @@ def test_places_and_rows_undo_each_other() -> None:
     assert places.rows[places.unpad].tolist() == list(range(tokens))
     assert places.filled.sum() == tokens
     assert places.filled[places.unpad].min() == 1
-    assert 0 <= places.rows.min()
+    assert places.rows.min() >= 0
     assert places.rows.max() < tokens
     assert places.candidate_places[places.candidate_unpad].tolist() == list(range(len(batch.candidate_rows)))
     assert (places.rows[places.places :][places.candidate_unpad] == batch.candidate_rows).all()
