@@ -110,6 +110,7 @@ def names(log: EventLog) -> tuple[str, ...]:
         "user_age",
         "session_events",
         "session_age",
+        "session_pause",
         "sessions",
         *(f"user_rate/{head}" for head in heads),
         "user_residual",
@@ -186,6 +187,8 @@ class Statistics:
             gap = now - log.time[last]
             going_on = some & (gap <= SESSION_GAP_S)
             first = opening[session[last + 1] - 1]
+            paused = some & (~going_on | (first > start))
+            pause = np.where(going_on, log.time[first] - log.time[np.maximum(first - 1, 0)], gap)
             columns = {
                 "user_count": np.log1p(stop - start) / 5,
                 "user_week_count": np.log1p(stop - index.before(key, now - 7 * DAY_S)) / 5,
@@ -193,6 +196,7 @@ class Statistics:
                 "user_age": np.where(some, np.log1p((now - log.time[np.minimum(start, len(log) - 1)]).clip(0) / DAY_S) / 5, 0),
                 "session_events": np.where(going_on, np.log1p(stop - first) / 4, 0),
                 "session_age": np.where(going_on, np.log1p((now - log.time[first]).clip(0)) / 8, 0),
+                "session_pause": np.where(paused, _freshness(pause), 0),
                 "sessions": np.log1p(session[stop] - session[start]) / 3,
             }
             self._write(out, block, columns)

@@ -22,6 +22,7 @@ from model.datasets.config import DataConfig
 from model.datasets.cross import Statistics
 from model.datasets.log import GAP_ROWS, EventLog, gap_bucket, user_starts
 from model.datasets.samples import PARTS, Columns, Samples, calibration_spans, feature_schema, part_of
+from model.metrics import auc
 from pipeline.contracts import HEADS, Feature, FeatureSchema, LabelledRequest, RankingRequest
 from pipeline.errors import DataError
 
@@ -91,13 +92,15 @@ def summarise(log: EventLog, schema: FeatureSchema, part_end: Sequence[int]) -> 
     """What people ask first: sizes, the split, who is in test, base rates, licence."""
     members = {part: part_of(log.order, part) for part in PARTS}
     users = {part: np.unique(log.user[rows]) for part, rows in members.items()}
-    rates: dict[str, dict[str, float | None]] = {}
+    rates: dict[str, dict[str, float | None]] = {part: {} for part in PARTS}
+    optimum: dict[str, float] = {}
     for part, rows in members.items():
-        rates[part] = {}
         for head in schema.heads:
             column = HEADS.index(head)
             answered = rows & log.known[:, column] & (log.time + log.horizon_s[column] <= part_end[PARTS.index(part)])
             rates[part][head] = round(float(log.labels[answered, column].mean()), 4) if answered.any() else None
+            if part == "test" and log.truth is not None:
+                optimum[head] = auc(log.labels[answered, column], log.truth[answered, column])
     return {
         "name": log.source.get("name", ""),
         "licence": log.source.get("licence", ""),
@@ -111,6 +114,7 @@ def summarise(log: EventLog, schema: FeatureSchema, part_end: Sequence[int]) -> 
         "test_users_in_train": len(np.intersect1d(users["test"], users["train"])),
         "test_items_unseen_in_train": len(np.setdiff1d(log.item[members["test"]], log.item[members["train"]])),
         "positive_rate": rates,
+        **({"bayes_auc": optimum} if log.truth is not None else {}),
         "part_end": [_utc(end) for end in part_end],
         "part_begin": [_utc(int(log.time[members[part]].min())) for part in PARTS],
         "cross_features": list(schema.cross),
