@@ -176,7 +176,8 @@ def test_no_layer_has_a_name_the_quantiser_skips() -> None:
 @pytest.mark.parametrize("layer", ["hstu", "gated_conv"])
 def test_one_export_serves_every_length(layer: str) -> None:
     """No length is burnt in: fewer or more requests, no events at all, one candidate."""
-    model = lively_model(replace(CONFIG, layer=layer, d_ff=32 if layer == "gated_conv" else 0, trunk="mmoe", share_seq_mlp=False))
+    d_ff = 32 if layer == "gated_conv" else 0
+    model = lively_model(replace(CONFIG, layers=2, layer=layer, d_ff=d_ff, trunk="mmoe", share_seq_mlp=False))
     rng = np.random.default_rng(6)
     example = pack(jagged_requests(rng, 5), 8)
     with warnings.catch_warnings(), torch.no_grad():
