@@ -25,6 +25,7 @@ from torch.nn import functional
 from model import checkpoint
 from model.batch import pack
 from model.config import ModelConfig
+from model.datasets import open_dataset
 from model.loader import by_length, epoch_batches, large_columns, lengths, move, packed
 from model.metrics import evaluate
 from model.network import MTGR
@@ -116,8 +117,6 @@ def train(config: TrainConfig, model: ModelConfig, data: Path, out: Path, progre
     Figures: validation/ and test/ auc, gauc, ne and logloss per head, seconds, events_per_second, parameters, epochs. An interrupted run
     continues from the state it left beside `out`. Raises UserError when the loss is no number or that state is of another training.
     """
-    from model.datasets import open_dataset
-
     dataset = open_dataset(data)
     started = time.perf_counter()
     state = out.with_name(f"{out.name}.training")
