@@ -1,0 +1,121 @@
+"""PyTorch compiled ahead of time: torch.export, then one AOTInductor package that takes batches of any size.
+
+All compiling happens in `build`. Loading maps a library and imports nothing but torch itself, so nothing can compile while serving; the
+package runs only where torch's version and the processor's vector instructions are those it was built for, which `load` checks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.backends import engine
+from pipeline.backends.knobs import SERVE, Knob, settle, threads
+from pipeline.backends.pytorch import Threads, compilation_counter, missing
+from pipeline.backends.session import BatchedSession, policy
+from pipeline.contracts import RankingRequest, Settings
+from pipeline.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from pipeline.backends.aoti import Package
+
+PACKAGE = "model.pt2"
+
+BUILD: Mapping[str, Knob] = {"build.precision": Knob(default="fp32", options=("fp32", "bf16"))}
+LOAD: Mapping[str, Knob] = {"engine.threads": threads(), **SERVE}
+
+OPTIONS = {
+    # Without it the number of threads at build time is compiled in, and engine.threads would be ignored.
+    "cpp.dynamic_threads": True,
+}
+
+
+class Compiled:
+    """contracts.Backend."""
+
+    name = "compiled"
+
+    def unavailable(self) -> str | None:
+        """Why this machine cannot build it; None when it can."""
+        compiler = os.environ.get("CXX", "g++")
+        return missing() or (None if shutil.which(compiler) else f"no C++ compiler: '{compiler}' is not on the PATH; install g++ or set CXX")
+
+    def build(self, checkpoint: Path, settings: Settings, out: Path) -> None:
+        """Compile into one package, then engine.json. Raises SettingsError, or CheckpointError where the checkpoint is broken."""
+        settled = settle(self.name, settings, BUILD)
+        import torch
+        from torch._inductor import aoti_compile_and_package
+
+        from model import checkpoint as checkpoints
+        from model.precision import cast
+        from model.program import export_program
+
+        precision = str(settled["build.precision"])
+        model = cast(checkpoints.load(checkpoint), precision)
+        options = {**OPTIONS, "aot_inductor.metadata": {"precision": precision, "torch": torch.__version__}}
+        aoti_compile_and_package(export_program(model), package_path=str(out / PACKAGE), inductor_configs=options)
+        built = engine.EngineFile(
+            backend=self.name,
+            settings=settled,
+            schema=model.schema,
+            max_seq_len=model.config.max_seq_len,
+            details={"torch": torch.__version__, "vectors": torch.backends.cpu.get_cpu_capability()},
+        )
+        built.write(out)
+
+    def load(self, folder: Path, settings: Settings) -> BatchedSession:
+        """Open the package. Raises SettingsError, or ArtifactError where it is not whole or was built for another machine."""
+        settled = settle(self.name, settings, LOAD)
+        built = engine.read(folder, self.name)
+        import torch
+
+        from model.batch import pack
+        from pipeline.backends.aoti import Package
+
+        here = {"torch": torch.__version__, "vectors": torch.backends.cpu.get_cpu_capability()}
+        if here != built.details:
+            raise ArtifactError(
+                f"a compiled package runs only where it was built for, {dict(built.details)}, but here is {here}; build it again here"
+            )
+        package = Package(folder / PACKAGE)
+        pool = Threads(int(settled["engine.threads"]))
+        multiple = policy(settled).multiple
+
+        def run(requests: Sequence[RankingRequest]) -> NDArray[np.float32]:
+            with torch.inference_mode():
+                scores: NDArray[np.float32] = package.run(pack(requests, multiple).tensors()).numpy()
+            return scores
+
+        def start() -> None:
+            pool.start()
+            package.set_threads(pool.count)
+
+        def close() -> None:
+            package.close()
+            pool.restore()
+
+        return BatchedSession(
+            run,
+            schema=built.schema,
+            max_seq_len=built.max_seq_len,
+            settings=settled,
+            effective=lambda: {**_effective(package), "engine.threads": min(pool.read(), package.threads())},
+            counters=compilation_counter(),
+            on_start=start,
+            on_close=close,
+        )
+
+
+BACKEND = Compiled()
+
+
+def _effective(package: Package) -> Settings:
+    """From the weights that the package carries: only its norms stay in float32."""
+    types = set(package.weight_types().values())
+    return {"build.precision": "bf16" if "bf16" in types else "fp32", "build.instructions": package.metadata.get("AOTI_CPU_ISA", "")}

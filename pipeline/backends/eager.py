@@ -1,0 +1,73 @@
+"""Plain PyTorch, one operator after the other: the baseline, and in float32 the reference of every other engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.backends import engine
+from pipeline.backends.knobs import SERVE, Knob, settle, threads
+from pipeline.backends.pytorch import Threads, compilation_counter, missing
+from pipeline.backends.session import BatchedSession, policy
+from pipeline.contracts import RankingRequest, Settings
+
+MODEL = "model"
+
+BUILD: Mapping[str, Knob] = {"build.precision": Knob(default="fp32", options=("fp32", "bf16"))}
+LOAD: Mapping[str, Knob] = {"engine.threads": threads(), **SERVE}
+
+
+class Eager:
+    """contracts.Backend."""
+
+    name = "eager"
+
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run it; None when it can."""
+        return missing()
+
+    def build(self, checkpoint: Path, settings: Settings, out: Path) -> None:
+        """A checkpoint of the cast weights, then engine.json. Raises SettingsError, or CheckpointError where the checkpoint is broken."""
+        settled = settle(self.name, settings, BUILD)
+        from model import checkpoint as checkpoints
+        from model.precision import cast
+
+        model = cast(checkpoints.load(checkpoint), str(settled["build.precision"]))
+        checkpoints.save(out / MODEL, model)
+        engine.EngineFile(backend=self.name, settings=settled, schema=model.schema, max_seq_len=model.config.max_seq_len).write(out)
+
+    def load(self, folder: Path, settings: Settings) -> BatchedSession:
+        """Read the weights, every byte checked. Raises SettingsError, ArtifactError or CheckpointError."""
+        settled = settle(self.name, settings, LOAD)
+        built = engine.read(folder, self.name)
+        import torch
+
+        from model import checkpoint as checkpoints
+        from model import precision
+        from model.batch import pack
+
+        model = checkpoints.load(folder / MODEL)
+        pool = Threads(int(settled["engine.threads"]))
+        multiple = policy(settled).multiple
+
+        def run(requests: Sequence[RankingRequest]) -> NDArray[np.float32]:
+            with torch.inference_mode():
+                scores: NDArray[np.float32] = model(*pack(requests, multiple).tensors()).numpy()
+            return scores
+
+        return BatchedSession(
+            run,
+            schema=built.schema,
+            max_seq_len=built.max_seq_len,
+            settings=settled,
+            effective=lambda: {"build.precision": precision.read(model), "engine.threads": pool.read()},
+            counters=compilation_counter(),
+            on_start=pool.start,
+            on_close=pool.restore,
+        )
+
+
+BACKEND = Eager()
