@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle, threads
-from pipeline.backends.pytorch import Threads, compilation_counter, missing
+from pipeline.backends.pytorch import Threads, compilation_counter, missing, runner
 from pipeline.backends.session import BatchedSession, policy
-from pipeline.contracts import RankingRequest, Settings
+from pipeline.contracts import Settings
 from pipeline.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -75,7 +72,6 @@ class Compiled:
         built = engine.read(folder, self.name)
         import torch
 
-        from model.batch import pack
         from pipeline.backends.aoti import Package
 
         here = {"torch": torch.__version__, "vectors": torch.backends.cpu.get_cpu_capability()}
@@ -85,12 +81,6 @@ class Compiled:
             )
         package = Package(folder / PACKAGE)
         pool = Threads(int(settled["engine.threads"]))
-        multiple = policy(settled).multiple
-
-        def run(requests: Sequence[RankingRequest]) -> NDArray[np.float32]:
-            with torch.inference_mode():
-                scores: NDArray[np.float32] = package.run(pack(requests, multiple).tensors()).numpy()
-            return scores
 
         def start() -> None:
             pool.start()
@@ -101,7 +91,7 @@ class Compiled:
             pool.restore()
 
         return BatchedSession(
-            run,
+            runner(lambda *inputs: package.run(inputs), policy(settled).multiple, str(_effective(package)["build.precision"])),
             schema=built.schema,
             max_seq_len=built.max_seq_len,
             settings=settled,

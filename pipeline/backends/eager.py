@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle, threads
-from pipeline.backends.pytorch import Threads, compilation_counter, missing
+from pipeline.backends.pytorch import Threads, compilation_counter, missing, runner
 from pipeline.backends.session import BatchedSession, policy
-from pipeline.contracts import RankingRequest, Settings
+from pipeline.contracts import Settings
 
 MODEL = "model"
 
@@ -43,23 +40,13 @@ class Eager:
         """Read the weights, every byte checked. Raises SettingsError, ArtifactError or CheckpointError."""
         settled = settle(self.name, settings, LOAD)
         built = engine.read(folder, self.name)
-        import torch
-
         from model import checkpoint as checkpoints
         from model import precision
-        from model.batch import pack
 
         model = checkpoints.load(folder / MODEL)
         pool = Threads(int(settled["engine.threads"]))
-        multiple = policy(settled).multiple
-
-        def run(requests: Sequence[RankingRequest]) -> NDArray[np.float32]:
-            with torch.inference_mode():
-                scores: NDArray[np.float32] = model(*pack(requests, multiple).tensors()).numpy()
-            return scores
-
         return BatchedSession(
-            run,
+            runner(model, policy(settled).multiple, precision.read(model)),
             schema=built.schema,
             max_seq_len=built.max_seq_len,
             settings=settled,

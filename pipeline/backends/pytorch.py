@@ -6,13 +6,41 @@ Torch is imported inside functions, as an engine's package.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.packing import INPUT_NAMES, pack_numpy
+from pipeline.backends.batcher import Run
+from pipeline.backends.rounding import round_batch
+from pipeline.contracts import RankingRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def missing() -> str | None:
     """Why PyTorch cannot be used here; None when it can."""
     return None if find_spec("torch") else "torch is not installed; pip install torch"
+
+
+def runner(network: Callable[..., Tensor], multiple: int, precision: str) -> Run:
+    """A `run` for BatchedSession over a network that takes the inputs of `PackedBatch`; padded lengths are multiples of `multiple`."""
+    import torch
+
+    def run(requests: Sequence[RankingRequest]) -> NDArray[np.float32]:
+        arrays = pack_numpy(requests, multiple)
+        count = len(arrays["candidate_rows"])
+        if precision == "bf16":
+            arrays = round_batch(arrays)
+        with torch.inference_mode():
+            scores: NDArray[np.float32] = network(*(torch.from_numpy(arrays[name]) for name in INPUT_NAMES)).numpy()
+        return scores[:count]
+
+    return run
 
 
 class Threads:
