@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.errors import UserError
+from pipeline.errors import MachineError, UserError
 
 STATE_FILE = "training_state.pt"
 
 
 def save_state(folder: Path, identity: str, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], position: Mapping[str, Any]) -> None:
-    """Write weights, optimiser states, the random state and `position` (plain values and tensors) in place of the last state."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write weights, optimiser states, the random state and `position` (plain values and tensors) in place of the last state.
+
+    Raises MachineError where the disk is full or not writable; the last state is then left as it was.
+    """
     state = {
         "identity": identity,
         "model": model.state_dict(),
@@ -31,11 +33,15 @@ def save_state(folder: Path, identity: str, model: nn.Module, optimisers: Sequen
         "position": dict(position),
     }
     scratch = folder / f"{STATE_FILE}.{os.getpid()}"
-    with scratch.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(folder / STATE_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(folder / STATE_FILE)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        raise MachineError(f"the training state cannot be written to {folder}: {error}; make room or set train.save_every_s higher") from error
 
 
 def load_state(folder: Path, identity: str, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Any] | None:

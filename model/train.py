@@ -212,6 +212,7 @@ class _Run:
             if self.config.seconds:
                 self.done = max(self.done, self.elapsed / self.config.seconds)
             if number in due or self.done >= 1:
+                self._mean_loss(losses)
                 self._validate()
             self.over = self.over or self.done >= 1
             if number == len(batches):
@@ -251,13 +252,8 @@ class _Run:
         save = now - self.saved_at >= self.config.save_every_s
         if not (last or save or now - self.told_at >= 1):
             return
-        loss = float(torch.stack(losses).mean())
+        loss = self._mean_loss(losses)
         losses.clear()
-        if not np.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} near step {self.step}; lower train.learning_rate (now {self.config.learning_rate:g}) or "
-                f"train.table_rate (now {self.config.table_rate:g}), or look for extreme cross features"
-            )
         self.told_at = now
         left = self.elapsed * (1 - self.done) / max(self.done, 1e-9)
         self.progress(
@@ -270,7 +266,18 @@ class _Run:
             save_state(self.state, self.identity, self.network, self.optimisers, {name: getattr(self, name) for name in names})
             self.saved_at = time.perf_counter()
 
+    def _mean_loss(self, losses: list[torch.Tensor]) -> float:
+        """Of the steps since the last report. Raises UserError when it is no number, before anything bad is judged or kept."""
+        loss = float(torch.stack(losses).mean())
+        if not np.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} near step {self.step}; lower train.learning_rate (now {self.config.learning_rate:g}) or "
+                f"train.table_rate (now {self.config.table_rate:g}), or look for extreme cross features"
+            )
+        return loss
+
     def figures(self) -> dict[str, float]:
+        """How it went; see `train`."""
         return {
             "train_seconds": self.elapsed,
             "events_per_second": self.events / max(self.elapsed, 1e-9),

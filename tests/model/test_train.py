@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,10 @@ from model.batch import pack
 from model.loader import by_length, epoch_batches, large_columns, lengths, packed
 from model.metrics import evaluate
 from model.network import MTGR
-from model.resume import STATE_FILE, drop_state
+from model.resume import STATE_FILE, drop_state, save_state
 from model.train import TrainConfig, fit, masked_loss, resolve_train, score
-from pipeline.errors import UserError
+from pipeline.config import compose
+from pipeline.errors import MachineError, UserError
 from tests.factories import SCHEMA
 from tests.model.training import MODEL, TRAIN, learnable, run
 
@@ -91,6 +92,16 @@ def test_state_of_other_settings_or_a_torn_file_is_refused(tmp_path: Path) -> No
     (tmp_path / STATE_FILE).write_bytes(b"torn")
     with pytest.raises(UserError, match="delete it to train from the start"):
         run(tmp_path)
+
+
+def test_a_full_disk_is_the_machines_fault_and_keeps_the_last_state(tmp_path: Path) -> None:
+    """/dev/full takes no byte."""
+    run(tmp_path, replace(TRAIN, epochs=1))
+    kept = (tmp_path / STATE_FILE).read_bytes()
+    (tmp_path / f"{STATE_FILE}.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(MachineError, match="cannot be written"):
+        save_state(tmp_path, "identity", MTGR(MODEL, SCHEMA), [], {})
+    assert (tmp_path / STATE_FILE).read_bytes() == kept
 
 
 def test_early_stop_keeps_the_best_weights(tmp_path: Path) -> None:
@@ -202,3 +213,11 @@ def test_wrong_settings_are_named(section: dict[str, object], message: str) -> N
     with pytest.raises(UserError, match=message):
         resolve_train(section)
     assert resolve_train({"epochs": 2}) == TrainConfig(epochs=2)
+
+
+@pytest.mark.parametrize("preset", ["short", "full"])
+def test_every_setting_is_in_the_configuration(preset: str) -> None:
+    """Hydra refuses a key that conf/ does not name, and a preset must not name one that does not exist."""
+    section = compose([f"train={preset}"])[0].train
+    assert set(section) == {f.name for f in fields(TrainConfig)}
+    resolve_train(section)
