@@ -50,9 +50,11 @@ class Tracker:
         self._study: Path | None = None
         self._parent: str | None = None
         self._trouble = ""
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
+        # Seconds of imports and of making tables, while the data is prepared.
+        self._jobs.put(lambda: _connect(uri) if uri else _import_quietly())
 
     def start_study(self, folder: Path) -> None:
         """Open, or open again, the study's parent run. study.json must exist."""
@@ -93,8 +95,8 @@ class Tracker:
             try:
                 job()
             except Exception as error:  # MLflow, its store and its HTTP client fail in too many ways to name; the study goes on in any case
-                assert self._study is not None
-                self._trouble = str(_unreachable(_uri(self._uri, self._study), self._study, error))
+                folder = self._study or Path("runs")
+                self._trouble = str(_unreachable(_uri(self._uri, folder), folder, error))
                 self._say(self._trouble)
 
 
@@ -154,15 +156,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _connect(uri: str) -> MlflowClient:
+def _import_quietly() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    for name in ("mlflow", "alembic"):
+    import mlflow  # noqa: F401
+
+    for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # importing MLflow sets levels of its own
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _connect(uri: str) -> MlflowClient:
+    _import_quietly()
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # importing MLflow sets its own levels
-        logging.getLogger(name).setLevel(logging.WARNING)
     with _alone(uri):
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
