@@ -1,1 +1,18 @@
-"""What may be searched: one file an engine, each range with its reason."""
+"""What may be searched, engine by engine: plain data, with the reason for every range."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from pipeline.errors import UserError
+from search_spaces.space import Space
+
+ENGINES = ("eager", "compiled", "onnxruntime", "fake")
+
+
+def of(backend: str, cores: int) -> Space:
+    """The space of an engine on a machine with `cores` cores. Raises UserError for an engine without one."""
+    if backend not in ENGINES:
+        raise UserError(f"there is no search space for engine '{backend}'; choose from {', '.join(ENGINES)}")
+    space: Space = import_module(f"search_spaces.{backend}").space(cores)
+    return space

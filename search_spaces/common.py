@@ -15,6 +15,7 @@ SERVE = (
         name="serve.max_wait_ms",
         low=0.0,
         high=5.0,
+        step=0.25,
         why="0 sends at once; waiting costs latency one for one, so more than a fraction of a request's service time cannot pay at p99",
     ),
     Int(

@@ -13,7 +13,9 @@ def space(cores: int) -> Space:
     return Space(
         backend="eager",
         nodes=(
-            Choice(name="build.precision", options=("fp32", "bf16"), why="bf16 halves memory traffic; CPUs without AMX or AVX512-BF16 emulate it slowly"),
+            Choice(
+                name="build.precision", options=("fp32", "bf16"), why="bf16 halves memory traffic; CPUs without AMX or AVX512-BF16 emulate it slowly"
+            ),
             *threads(cores),
             *SERVE,
         ),

@@ -14,6 +14,7 @@ def space(cores: int) -> Space:
         "build.graph_level": "all",
         "engine.threads": cores,
         "engine.arena": True,
+        "engine.spinning": True,
         **SERVE_DEFAULTS,
     }
     return Space(
@@ -27,6 +28,11 @@ def space(cores: int) -> Space:
             Choice(name="build.graph_level", options=("basic", "extended", "all"), why="'all' adds layout changes, which can lose on small graphs"),
             *threads(cores),
             Choice(name="engine.arena", options=(True, False), why="the arena trades memory for fewer allocations; jagged batches can fragment it"),
+            Choice(
+                name="engine.spinning",
+                options=(True, False),
+                why="spinning threads start sooner and burn the core that the batcher and the load generator need",
+            ),
             *SERVE,
         ),
         defaults=defaults,

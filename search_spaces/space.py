@@ -47,20 +47,21 @@ class Int:
 
 @dataclass(frozen=True, kw_only=True)
 class Float:
-    """Real numbers in [low, high]."""
+    """Real numbers in [low, high]; a sampler draws multiples of `step` above `low`, so that the same point can come up again."""
 
     name: str
     low: float
     high: float
     why: str
+    step: float | None = None
     log: bool = False
 
     def __post_init__(self) -> None:
         _check_name(self.name, self.why)
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= self.high):
             raise ValueError(f"'{self.name}' needs finite low <= high, got {self.low} to {self.high}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"'{self.name}' is logarithmic and needs low > 0, got {self.low}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError(f"'{self.name}' is logarithmic and needs low > 0 and no step, got {self.low} by {self.step}")
 
     def allows(self, value: object) -> bool:
         """Whether `value` is a legal setting."""

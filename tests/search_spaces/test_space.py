@@ -1,0 +1,144 @@
+"""Spaces as data: what a knob allows, what a condition hides, what a pin changes."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+import search_spaces
+from pipeline.backends import registry
+from pipeline.errors import UserError
+from search_spaces.common import SERVE
+from search_spaces.space import Choice, Float, Int, Knob, Space, Value, When, pin
+
+
+def engine(**changes: object) -> Space:
+    fields: dict[str, object] = {
+        "backend": "engine",
+        "nodes": (
+            Choice(name="build.precision", options=("fp32", "int8"), why="all there is"),
+            When(knob="build.precision", values=("int8",), then=(Int(name="build.group", low=32, high=128, step=32, why="multiples of a warp"),)),
+            Float(name="serve.wait", low=0.0, high=5.0, why="more cannot pay"),
+        ),
+        "defaults": {"build.precision": "fp32", "serve.wait": 1.0, "serve.limit": 7},
+    }
+    return Space(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def anywhere(rng: random.Random) -> object:
+    def pick(knob: Knob) -> Value:
+        if isinstance(knob, Choice):
+            return rng.choice(knob.options)
+        return rng.randrange(knob.low, knob.high + 1, knob.step) if isinstance(knob, Int) else rng.uniform(knob.low, knob.high)
+
+    return pick
+
+
+@pytest.mark.parametrize("name", search_spaces.ENGINES)
+@pytest.mark.parametrize("cores", [1, 2, 64])
+def test_every_space_draws_only_legal_points_and_starts_at_its_defaults(name: str, cores: int) -> None:
+    space, rng = search_spaces.of(name, cores), random.Random(0)
+    assert space.points()[0] == space.point({})
+    assert dict(space.defaults).items() <= space.points()[0].items()
+    for _ in range(50):
+        point = space.draw(anywhere(rng))  # type: ignore[arg-type]
+        space.check(point)
+        assert {knob.name for knob in space.active(point)} <= set(point)
+
+
+@pytest.mark.parametrize("name", search_spaces.ENGINES)
+def test_engines_accept_the_whole_space(name: str) -> None:
+    from importlib import import_module
+
+    from pipeline.backends.knobs import BUILD_STAGES, LOAD_STAGES, settle, stage
+
+    module, rng = import_module(f"pipeline.backends.{name}"), random.Random(1)
+    space = search_spaces.of(name, 2)
+    for _ in range(50):
+        point = space.draw(anywhere(rng))  # type: ignore[arg-type]
+        build = {**module.BUILD, **(module.GROUP if name == "fake" and point["build.precision"] == "int8" else {})}
+        assert settle(name, stage(point, BUILD_STAGES), build).keys() >= stage(point, BUILD_STAGES).keys()
+        assert settle(name, stage(point, LOAD_STAGES), module.LOAD).keys() >= stage(point, LOAD_STAGES).keys()
+
+
+def test_the_same_engines_everywhere() -> None:
+    assert set(search_spaces.ENGINES) == set(registry.names())
+    assert all({knob.name for knob in SERVE} <= {knob.name for knob in search_spaces.of(name, 2).knobs} for name in search_spaces.ENGINES)
+    with pytest.raises(UserError, match=r"'warp'.*eager"):
+        search_spaces.of("warp", 2)
+
+
+def test_a_condition_hides_its_knobs() -> None:
+    space = engine()
+    assert "build.group" not in space.point({})
+    assert space.point({"build.precision": "int8"})["build.group"] == 32
+    assert space.point({"build.precision": "int8", "build.group": 96})["build.group"] == 96
+    assert space.reachable("build.precision") == ("fp32", "int8")
+    assert space.reachable("quant.recipe") == ()
+
+
+def test_presets_lie_over_the_defaults_without_repeats() -> None:
+    space = engine(presets=({}, {"serve.wait": 0.0}, {"build.precision": "fp32", "serve.wait": 0.0}))
+    assert [point["serve.wait"] for point in space.points()] == [1.0, 0.0]
+
+
+def test_a_pin_fixes_a_knob() -> None:
+    space = pin({"engine": engine()}, {"build.precision": "int8", "serve.wait": 2})["engine"]
+    assert space.reachable("build.precision") == ("int8",)
+    for _ in range(10):
+        point = space.draw(anywhere(random.Random(2)))  # type: ignore[arg-type]
+        assert (point["build.precision"], point["serve.wait"]) == ("int8", 2)
+    assert len(space.points()) == 1
+
+
+def test_a_pin_leaves_out_engines_that_refuse_it() -> None:
+    other = engine(backend="other", nodes=(Choice(name="build.precision", options=("fp32",), why="no other"),), defaults={"build.precision": "fp32"})
+    assert list(pin({"engine": engine(), "other": other}, {"build.precision": "int8"})) == ["engine"]
+    assert list(pin({"engine": engine(), "other": other}, {"serve.wait": 0.5})) == ["engine", "other"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"serve.nonsense": 1}, "settings.serve.nonsense is no knob of engine; they have build.group, build.precision, serve.wait"),
+        ({"build.precision": "fp4"}, "settings.build.precision takes one of fp32, int8 (engine), got 'fp4'"),
+        ({"serve.wait": 9.0}, "takes a number from 0 to 5 (engine), got 9.0"),
+        ({"build.group": 48}, "takes a whole number from 32 to 128 in steps of 32 (engine), got 48"),
+        ({"serve.limit": 8}, "settings.serve.limit takes only its default"),
+    ],
+)
+def test_a_pin_out_of_range_names_the_legal_values(settings: dict[str, Value], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        pin({"engine": engine()}, settings)
+
+
+def test_true_is_not_one() -> None:
+    assert not Int(name="engine.n", low=0, high=1, why="x").allows(True)
+    assert not Choice(name="engine.n", options=(1,), why="x").allows(True)
+    assert not Float(name="engine.n", low=0, high=1, why="x").allows(True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Int(name="engine.n", low=2, high=1, why="x"),
+        lambda: Int(name="engine.n", low=0, high=8, log=True, why="x"),
+        lambda: Int(name="engine.n", low=0, high=5, step=2, why="x"),
+        lambda: Float(name="engine.n", low=0.0, high=float("inf"), why="x"),
+        lambda: Choice(name="engine.n", options=(1, 1), why="x"),
+        lambda: Choice(name="threads", options=(1,), why="x"),
+        lambda: Choice(name="engine.n", options=(1,), why=""),
+        lambda: engine(nodes=(When(knob="build.precision", values=("int8",), then=()),)),
+        lambda: engine(nodes=(Choice(name="build.x", options=(1,), why="x"), Choice(name="build.x", options=(1,), why="x"))),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_a_bug(make: object) -> None:
+    with pytest.raises(ValueError, match=r"engine|threads"):
+        make()  # type: ignore[operator]
+
+
+def test_defaults_must_be_legal() -> None:
+    with pytest.raises(UserError, match="takes a number from 0 to 5, got -1"):
+        engine(defaults={"build.precision": "fp32", "serve.wait": -1})
