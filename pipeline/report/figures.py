@@ -79,7 +79,7 @@ def distribution(study: StudyFolder) -> str | None:
         for p in (50, 90, 95, 99, 99.9):
             value = float(np.percentile(pooled, p))
             plot.point(_nines(p), value, look, f"{name}: p{p:g} {value:.2f} ms\n{len(pooled):,} requests in {len(windows)} windows")
-        plot.text(_nines(75), float(np.percentile(pooled, 75)), name)
+        plot.text(_nines(75), float(np.percentile(pooled, 75)), name, dx=-4, dy=-12, anchor="end")
     return plot.svg()
 
 
