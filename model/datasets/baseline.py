@@ -38,4 +38,4 @@ def regression_scores(dataset: Dataset) -> list[NDArray[np.float32]]:
         scores[test, column] = fitted.predict_proba(inputs[test])[:, 1]
     samples = dataset.samples("test")
     assert isinstance(samples, Samples)
-    return [scores[start:stop] for _, start, stop in samples.spans]
+    return [scores[start:stop] for *_, start, stop in samples.spans]

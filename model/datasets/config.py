@@ -60,6 +60,10 @@ class DataConfig:
     def cache_folder(self) -> Path:
         return Path(self.cache or default_cache()).expanduser()
 
+    def max_tokens(self, user_tokens: int) -> int:
+        """Longest sample or serving request: U, S, a full R and as many candidates."""
+        return user_tokens + self.max_static + self.chunk + max(self.chunk, self.max_candidates)
+
     def return_s(self, own_days: float) -> int:
         """Seconds of the retention rule, given the source's own."""
         return round((self.return_days or own_days) * 86_400)

@@ -7,16 +7,15 @@ logit): nothing is fitted, so nothing later can leak in. Event columns such as i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.datasets.index import Index, Ints
 from model.datasets.log import DAY_S, SESSION_GAP_S, EventLog, answered_at
 from pipeline.contracts import HEADS
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 STRENGTH = 5.0
@@ -24,68 +23,9 @@ STRENGTH = 5.0
 LONGEST_S = 10 * 365 * DAY_S
 """Ages are logarithmic shares of this."""
 RECENT_S = 30 * DAY_S
+RESIDUAL_UNIT = 1 << 20
 BLOCK = 1 << 20
 """Queries answered at once: bounds the memory of temporaries."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Index:
-    """Records sorted by key, then time; running sums of columns along them."""
-
-    code: Ints
-    """[n] key * span + time - origin, ascending."""
-    rows: Ints | None
-    """[n] record behind each place; None where the records are already sorted."""
-    origin: int
-    span: int
-    distinct: Ints | None
-    """Sorted distinct raw keys, where raw keys are too large to be packed with a time."""
-
-    @classmethod
-    def build(cls, key: NDArray[np.integer], time: Ints, origin: int, end: int, *, presorted: bool = False, sparse: bool = False) -> Index:
-        """`end` is after every time that will be asked for; `sparse` keys are numbered by occurrence first."""
-        span = end - origin + 1
-        if presorted:
-            rows, packed = None, key.astype(np.int64)
-        else:
-            by_time = np.argsort(time, kind="stable") if len(time) and (np.diff(time) < 0).any() else np.arange(len(time))
-            rows = by_time[np.argsort(key[by_time], kind="stable")]
-            packed, time = key[rows].astype(np.int64), time[rows]
-        distinct: Ints | None = None
-        if sparse:
-            first = np.ones(len(packed), np.bool_)
-            first[1:] = packed[1:] != packed[:-1]
-            distinct = packed[first]
-            packed = np.cumsum(first) - 1
-        return cls(code=packed * span + (time - origin), rows=rows, origin=origin, span=span, distinct=distinct)
-
-    def keys(self, raw: NDArray[np.integer]) -> Ints:
-        """Raw keys as packed; -1 where a sparse key never occurred."""
-        asked: Ints = raw.astype(np.int64)
-        if self.distinct is None:
-            return asked
-        place = np.minimum(np.searchsorted(self.distinct, asked), max(len(self.distinct) - 1, 0))
-        return np.where(self.distinct[place] == asked, place, -1) if len(self.distinct) else np.full(len(asked), -1)
-
-    def start(self, key: Ints) -> Ints:
-        """First place of a key."""
-        return np.searchsorted(self.code, key * self.span)
-
-    def before(self, key: Ints, time: Ints) -> Ints:
-        """First place of a key whose time is not strictly earlier than `time`."""
-        return np.searchsorted(self.code, key * self.span + np.clip(time - self.origin, 0, self.span - 1))
-
-    def time_at(self, place: Ints) -> Ints:
-        """Time of the record at a place."""
-        return self.code[place] % self.span + self.origin
-
-    def running(self, values: NDArray[Any]) -> NDArray[Any]:
-        """[n + 1] sums of `values` along the order; differences of two places are sums over a range."""
-        ordered = values if self.rows is None else values[self.rows]
-        kind = np.float64 if ordered.dtype.kind == "f" else np.int64
-        out = np.zeros(len(ordered) + 1, kind)
-        np.cumsum(ordered, out=out[1:])
-        return out
 
 
 def names(log: EventLog) -> tuple[str, ...]:
@@ -286,11 +226,12 @@ class Statistics:
         for name, key, asked, other in (("user_residual", log.user, user, log.item), ("item_residual", log.item, item, log.user)):
             foretold = self._rate(head, other, other[rows], log.time[rows], prior)
             index = self._index(key[rows], answered)
-            sums = index.running(log.labels[rows, head] - foretold.astype(np.float64))
+            # Integers add up exactly in any order: a sum over the past then never depends on what else is in the log.
+            sums = index.running(np.round((log.labels[rows, head] - foretold.astype(np.float64)) * RESIDUAL_UNIT).astype(np.int64))
             for block in _blocks(len(time)):
                 raw = asked[block].astype(np.int64)
                 start, stop = index.start(raw), index.before(raw, time[block])
-                self._write(out, block, {name: 2 * (sums[stop] - sums[start]) / (stop - start + STRENGTH)})
+                self._write(out, block, {name: 2 * (sums[stop] - sums[start]) / RESIDUAL_UNIT / (stop - start + STRENGTH)})
 
     def _write(self, out: NDArray[np.float32], block: slice, columns: dict[str, NDArray[Any]]) -> None:
         for name, values in columns.items():

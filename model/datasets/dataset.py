@@ -80,7 +80,7 @@ def prepare(config: DataConfig, out: Path, progress: Progress = lambda done, tex
         "part_end": [int(log.time[part_of(log.order, part)].max()) for part in PARTS],
         "source": log.source,
     }
-    facts["summary"] = summarise(log, schema, facts["part_end"])
+    facts["summary"] = summarise(log, schema, facts["part_end"], config.max_tokens(len(schema.user)))
     scratch = out / "dataset.json.tmp"
     scratch.write_text(json.dumps(facts, indent=1), encoding="utf8")
     os.replace(scratch, out / "dataset.json")
@@ -88,7 +88,7 @@ def prepare(config: DataConfig, out: Path, progress: Progress = lambda done, tex
     return dict(facts["summary"])
 
 
-def summarise(log: EventLog, schema: FeatureSchema, part_end: Sequence[int]) -> dict[str, Any]:
+def summarise(log: EventLog, schema: FeatureSchema, part_end: Sequence[int], max_tokens: int) -> dict[str, Any]:
     """What people ask first: sizes, the split, who is in test, base rates, licence."""
     members = {part: part_of(log.order, part) for part in PARTS}
     users = {part: np.unique(log.user[rows]) for part, rows in members.items()}
@@ -118,6 +118,7 @@ def summarise(log: EventLog, schema: FeatureSchema, part_end: Sequence[int]) -> 
         "part_end": [_utc(end) for end in part_end],
         "part_begin": [_utc(int(log.time[members[part]].min())) for part in PARTS],
         "cross_features": list(schema.cross),
+        "max_tokens": max_tokens,
     }
 
 
@@ -156,8 +157,7 @@ class Dataset:
     @property
     def max_tokens(self) -> int:
         """Longest sample or serving request: the least max_seq_len of a model for it."""
-        config = self.config
-        return len(self.schema.user) + config.max_static + config.chunk + max(config.chunk, config.max_candidates)
+        return self.config.max_tokens(len(self.schema.user))
 
     def samples(self, part: str) -> Sequence[LabelledRequest]:
         """User-level samples of train, validation, test, or calibration (train samples of users who are not in test)."""

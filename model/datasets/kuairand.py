@@ -7,7 +7,8 @@ videos only the duration is in these logs; a user_features_*.csv beside them add
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.errors import DataError
 LICENCE = "KuaiRand, Kuaishou and USTC: CC BY-SA 4.0 (kuairand.com)"
 LABELS = {0: "is_click", 1: "long_view"}
 OPTIONAL = ("is_click", "long_view", "is_like", "duration_ms")
+TYPES = {"user_id": pa.int64(), "video_id": pa.int64(), "time_ms": pa.float64(), **dict.fromkeys(OPTIONAL, pa.float64())}
 USER_FEATURES = ("user_active_degree", "follow_user_num_range", "fans_user_num_range", "register_days_range")
 DURATION_ROWS = 24
 
@@ -74,7 +76,7 @@ def _read(files: list[Path]) -> tuple[dict[str, np.ndarray], Vocabulary, Vocabul
     parts: dict[str, list[np.ndarray]] = {}
     present: list[str] | None = None
     for file in files:
-        names, batches = blocks(file)
+        names, batches = blocks(file, TYPES)
         require(names, ["user_id", "video_id", "time_ms"], file)
         optional = [name for name in OPTIONAL if name in names]
         if present is not None and optional != present:
@@ -88,7 +90,7 @@ def _read(files: list[Path]) -> tuple[dict[str, np.ndarray], Vocabulary, Vocabul
             time_ms = numbers(batch["time_ms"], "time_ms", file)
             if time_ms.min() < 100_000_000_000:
                 raise DataError(f"{file}: column 'time_ms' must hold unix milliseconds, found {time_ms.min():.0f}; multiply seconds by 1000")
-            made = {
+            made: dict[str, np.ndarray] = {
                 "user": users.encode(batch["user_id"], file),
                 "item": items.encode(batch["video_id"], file),
                 "time": (time_ms // 1000).astype(np.int64),
@@ -107,23 +109,25 @@ def _read(files: list[Path]) -> tuple[dict[str, np.ndarray], Vocabulary, Vocabul
     return {name: np.concatenate(some) for name, some in parts.items()}, users, items
 
 
-def blocks(file: Path) -> tuple[list[str], Iterator[pa.RecordBatch]]:
-    """(column names, batches) of a comma or tab separated file, whichever its first line uses."""
+def blocks(file: Path, types: Mapping[str, pa.DataType]) -> tuple[list[str], Iterator[pa.RecordBatch]]:
+    """(all column names, batches of those in `types`) of a comma or tab separated file, whichever its first line uses."""
     with file.open(encoding="utf8") as stream:
-        header = stream.readline()
-    parse = pyarrow.csv.ParseOptions(delimiter="\t" if "\t" in header else ",")
-    try:
-        reader = pyarrow.csv.open_csv(file, parse_options=parse)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{file} must be a table with a header line: {error}") from None
-    return reader.schema.names, _checked(reader, file)
+        header = stream.readline().strip()
+    delimiter = "\t" if "\t" in header else ","
+    names = header.split(delimiter)
+    wanted = [name for name in types if name in names]
+    return names, _batches(file, delimiter, names, {name: types[name] for name in wanted})
 
 
-def _checked(reader: pyarrow.csv.CSVStreamingReader, file: Path) -> Iterator[pa.RecordBatch]:
+def _batches(file: Path, delimiter: str, names: list[str], types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+    convert = pyarrow.csv.ConvertOptions(include_columns=list(types), column_types=types)
     try:
-        yield from reader
+        yield from pyarrow.csv.open_csv(file, parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter), convert_options=convert)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{file}: a row does not fit the columns before it: {error}") from None
+        place = re.search(r"column #(\d+)", str(error))
+        name = names[int(place[1])] if place else ""
+        rule = f"column '{name}' must hold {types[name]}" if name in types else f"every row needs the columns {', '.join(names)}"
+        raise DataError(f"{file}: {rule}, found: {error}") from None
 
 
 def _people(folder: Path, users: Vocabulary) -> tuple[tuple[Feature, ...], np.ndarray]:
@@ -131,7 +135,7 @@ def _people(folder: Path, users: Vocabulary) -> tuple[tuple[Feature, ...], np.nd
     files = sorted(folder.glob("user_features*.[ct]sv"))
     if not files:
         return (Feature(name="user", rows=1),), np.zeros((len(users), 1), np.int32)
-    names, batches = blocks(files[0])
+    names, batches = blocks(files[0], {"user_id": pa.int64(), **dict.fromkeys(USER_FEATURES, pa.string())})
     require(names, ["user_id"], files[0])
     used = [name for name in USER_FEATURES if name in names]
     if not used:

@@ -5,7 +5,7 @@
 | user, item | text or integer | required |
 | time | integer unix seconds, or a timestamp | required |
 | recommendation, engagement, monetization | 0, 1, boolean or empty | labels; an absent column masks its head, an empty value its event |
-| retention | the same | optional: without it, whether the user begins another session within data.return_days (7) |
+| retention | the same | optional, a return within data.return_days (7); without the column, whether the user begins another session by then |
 | kind | view, click, like, purchase | optional: becomes the action, and the labels of absent columns: click or more, like or more, purchase |
 | category | text or integer | optional: groups items for statistics |
 | price | number >= 0 | optional: becomes a bucket on a log2 scale |

@@ -1,8 +1,9 @@
 """Columns -> user-level samples: one request per user and chunk of `chunk` events.
 
-Sample j of a user has R = events [chunk * j, last candidate] and S = the newest `max_static` before the chunk, so S moves on in
-large steps and an appended event changes no earlier row. Each candidate is an event of the chunk that belongs to the part; it sees
-the R events strictly earlier in time. Samples are built when asked for, by slicing memory-mapped columns.
+A candidate is an event of the part. With m events of its user strictly earlier in time, it belongs to chunk m // chunk: R are the
+events since the chunk's first, S the newest `max_static` before it, just as when serving. So S moves on in large steps, an appended
+event changes no earlier row, and an event never sees another of its own second, not even across a chunk's border. Samples are
+built when asked for, by slicing memory-mapped columns.
 """
 
 from __future__ import annotations
@@ -59,12 +60,15 @@ class Columns:
         out[:, -1] = self.gap[start:stop]
         return out
 
-    def history(self, user: int, at: int, stop: int) -> tuple[NDArray[np.int64], int, int]:
-        """(events, static count, first R row) of the chunk that row `at` falls in, up to row `stop`."""
+    def history(self, user: int, stop: int) -> tuple[NDArray[np.int64], int]:
+        """(events, static count) of a user's history that ends before row `stop`, as a request at that moment holds it."""
         first = int(self.user_start[user])
-        realtime = first + (at - first) // self.chunk * self.chunk
-        static = max(first, realtime - self.max_static)
-        return self.event_ids(static, stop), realtime - static, realtime
+        return self.history_of(user, first + (stop - first) // self.chunk * self.chunk, stop)
+
+    def history_of(self, user: int, realtime: int, stop: int) -> tuple[NDArray[np.int64], int]:
+        """The same with R beginning at row `realtime`, a chunk's first."""
+        static = max(int(self.user_start[user]), realtime - self.max_static)
+        return self.event_ids(static, stop), realtime - static
 
 
 def part_bounds(count: int) -> list[int]:
@@ -92,7 +96,7 @@ class Samples(Sequence[LabelledRequest]):
     """Samples of one part, each made when indexed; a slice is a Samples too."""
 
     def __init__(self, columns: Columns, part: str, spans: NDArray[np.int64] | None = None) -> None:
-        """`spans` [m, 3]: user, first and last + 1 candidate row; all of the part's by default."""
+        """`spans` [m, 5] as of `chunk_spans`, all of the part's by default."""
         self.columns = columns
         self.part = part
         self.end = columns.part_end[PARTS.index(part)]
@@ -108,9 +112,9 @@ class Samples(Sequence[LabelledRequest]):
     def __getitem__(self, index: int | slice) -> LabelledRequest | Samples:
         if isinstance(index, slice):
             return Samples(self.columns, self.part, self.spans[index])
-        user, start, stop = (int(value) for value in self.spans[index])
+        user, realtime, seen, start, stop = (int(value) for value in self.spans[index])
         columns = self.columns
-        events, static_count, realtime = columns.history(user, start, stop)
+        events, static_count = columns.history_of(user, realtime, seen)
         time = np.asarray(columns.time[start:stop])
         known = columns.known[start:stop] & (time[:, None] + np.array(columns.horizon_s) <= self.end)
         request = RankingRequest(
@@ -119,7 +123,7 @@ class Samples(Sequence[LabelledRequest]):
             static_count=static_count,
             candidates=columns.item_ids[columns.item[start:stop]],
             cross=np.array(columns.cross[start:stop]),
-            visible=np.searchsorted(columns.time[realtime:stop], time),
+            visible=np.searchsorted(columns.time[realtime:seen], time),
             user_key=user,
         )
         return LabelledRequest(request=request, labels=columns.labels[start:stop].astype(np.float32), known=known, time=time)
@@ -129,27 +133,39 @@ class Samples(Sequence[LabelledRequest]):
 
     def tokens(self) -> NDArray[np.int64]:
         """[m] length L of each sample, without building any."""
-        columns, (user, start, stop) = self.columns, self.spans.T
-        first = columns.user_start[user]
-        realtime = first + (start - first) // columns.chunk * columns.chunk
-        static = np.minimum(realtime - first, columns.max_static)
-        return columns.user_ids.shape[1] + static + (stop - realtime) + (stop - start)
+        user, realtime, seen, start, stop = self.spans.T
+        static = np.minimum(realtime - self.columns.user_start[user], self.columns.max_static)
+        return self.columns.user_ids.shape[1] + static + (seen - realtime) + (stop - start)
 
 
 def chunk_spans(columns: Columns, part: str) -> NDArray[np.int64]:
-    """[m, 3] user, first and last + 1 candidate row of every chunk with events of the part, by user and time."""
+    """[m, 5] per sample, by user and time: user, first R row, last R row + 1, first candidate row, last + 1.
+
+    Where more than `chunk` events share a chunk (a second that crosses its border), they become several samples.
+    """
     rows = np.flatnonzero(part_of(columns.order, part))
     user = columns.user[rows].astype(np.int64)
-    chunk = (rows - columns.user_start[user]) // columns.chunk
+    seen = strictly_earlier(columns.user, columns.time)[rows]
+    first = columns.user_start[user]
+    realtime = first + (seen - first) // columns.chunk * columns.chunk
     new = np.ones(len(rows), np.bool_)
-    new[1:] = (user[1:] != user[:-1]) | (chunk[1:] != chunk[:-1])
-    first = np.flatnonzero(new)
-    last = np.append(first[1:], len(rows)) - 1
-    return np.stack([user[first], rows[first], rows[last] + 1], axis=1)
+    new[1:] = (user[1:] != user[:-1]) | (realtime[1:] != realtime[:-1])
+    begin = np.flatnonzero(new)
+    within = np.arange(len(rows)) - begin[np.cumsum(new) - 1]
+    start = np.flatnonzero(within % columns.chunk == 0)
+    last = np.append(start[1:], len(rows)) - 1
+    return np.stack([user[start], realtime[start], seen[last], rows[start], rows[last] + 1], axis=1)
+
+
+def strictly_earlier(user: NDArray[np.int32], time: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[n] the row before which the events of the same user strictly earlier in time end: the first row of the event's second."""
+    new = np.ones(len(user), np.bool_)
+    new[1:] = (user[1:] != user[:-1]) | (time[1:] != time[:-1])
+    return np.maximum.accumulate(np.where(new, np.arange(len(user)), 0))
 
 
 def calibration_spans(columns: Columns, seed: int, most: int = 1024) -> NDArray[np.int64]:
-    """[m, 3] at most one training sample per user who is not in test, in an order whose every prefix follows the test lengths."""
+    """[m, 5] at most one training sample per user who is not in test, in an order whose every prefix follows the test lengths."""
     rng = np.random.default_rng(seed)
     tested = np.unique(columns.user[part_of(columns.order, "test")])
     test = Samples(columns, "test").tokens()

@@ -52,7 +52,7 @@ def requests(dataset: Dataset, count: int, seed: int, *, candidates: tuple[int, 
     made, at = [], 0
     for index in range(count):
         stop = int(_first_at_time(columns, int(rows[index])))
-        events, static_count, realtime = columns.history(int(user[index]), stop, stop)
+        events, static_count = columns.history(int(user[index]), stop)
         made.append(
             RankingRequest(
                 user=columns.user_ids[user[index]],
@@ -60,7 +60,7 @@ def requests(dataset: Dataset, count: int, seed: int, *, candidates: tuple[int, 
                 static_count=static_count,
                 candidates=columns.item_ids[items[index]],
                 cross=cross[at : at + len(items[index])],
-                visible=np.full(len(items[index]), stop - realtime),
+                visible=np.full(len(items[index]), len(events) - static_count),
                 user_key=int(keys[index]),
                 arrival_s=float(arrival[index]),
             )
