@@ -104,10 +104,11 @@ def zero_one(values: NDArray[np.float64], name: str, where: Path) -> None:
 
 
 def first_values(ids: Ids, values: NDArray[np.integer], table: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Keep, for every id, the first value ever met: fills the zero rows of `table`, which grows as ids do."""
+    """Keep, for every id, the first known value (> 0) ever met: fills the zero rows of `table`, which grows as ids do."""
     most = int(ids.max(initial=-1)) + 1
     if most > len(table):
         table = np.concatenate([table, np.zeros(max(most, 2 * len(table)) - len(table), np.int32)])
+    ids, values = ids[values > 0], values[values > 0]
     distinct, first = np.unique(ids, return_index=True)
     empty = table[distinct] == 0
     table[distinct[empty]] = values[first[empty]]
