@@ -177,13 +177,15 @@ def accuracy(study: StudyFolder) -> list[Block]:
             upper = chosen.metrics.get(loss, math.nan) if chosen else math.nan
             margin = margins.get(loss)
             verdict = "" if margin is None or math.isnan(upper) else "kept" if upper <= margin else "lost"
-            cells = [f"{v:.5f}" if math.isfinite(v) else "" for v in figures_of]
+            # A loss is reference minus engine, so the reference is the engine plus its loss.
+            reference = base.metrics.get(metric, math.nan) + base.metrics.get(f"{kind}_loss/{head}", math.nan)
+            cells = [f"{v:.5f}" if math.isfinite(v) else "" for v in (reference, *figures_of)]
             rows.append((head, kind.upper(), *cells, _loss(upper), _loss(margin), verdict))
             if margin is not None and math.isfinite(upper):
                 losses.append((f"{kind.upper()}, {head}", upper, None))
     if not rows:
         return []
-    header = ("head", "metric", "baseline", "chosen engine", "loss, upper bound", "margin", "")
+    header = ("head", "metric", "reference", "baseline", "chosen engine", "loss, upper bound", "margin", "")
     blocks: list[Block] = [Table(header=header, rows=tuple(rows), left=2)]
     limits = {margins[name] for name in margins if "_loss_upper/" in name}
     if losses and len(limits) == 1 and (drawn := figures.forest(losses, "upper 95 % bound of the loss", limit=limits.pop(), zero=True)):

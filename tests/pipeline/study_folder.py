@@ -132,6 +132,7 @@ def _trial(folder: Path, order: Order, ended: str, p99: float, started: float, e
         lossy = order.settings.get("quant.recipe") == "int8_smoothquant" or order.settings.get("build.precision") == "bf16"
         for head in TRAINED if order.quality else ():
             metrics |= {f"auc/{head}": 0.80, f"gauc/{head}": 0.737, f"ne/{head}": 0.8, f"logloss/{head}": 0.55}
+            metrics |= {f"{kind}_loss/{head}": 1e-3 if lossy else -3e-5 for kind in ("auc", "gauc")}
             metrics |= {f"{kind}_loss_upper/{head}": 2e-3 if lossy else 1e-7 for kind in ("auc", "gauc")}
         intervals = {"latency_ms/p99": (p99 * 0.93, p99 * 1.08), "auc/recommendation": (0.797, 0.803)}
         effective = {name: value for name, value in order.settings.items() if name.startswith(("engine.", "serve."))}

@@ -78,6 +78,7 @@ def test_it_says_everything_and_the_decision_first(page: str) -> None:
         "package.torch", "python -m pipeline tune study.name=demo", "Descriptive only", "Example CPU &lt;x&amp;y&gt;",
     ):  # fmt: skip
         assert words.removeprefix("package.") in page
+    assert '<td>recommendation</td><td>AUC</td><td class="n">0.79997</td><td class="n">0.80000</td>' in page, "reference, then baseline"
     assert "monetization" not in page, "an untrained head is never reported"
 
 
@@ -119,7 +120,7 @@ def test_a_study_of_nothing_but_failures_has_a_report_too(tmp_path: Path) -> Non
 
 
 def test_the_front_is_what_nothing_dominates() -> None:
-    points = [(1.0, 5.0), (2.0, 3.0), (3.0, 4.0), (4.0, 1.0), (1.0, 6.0)]
+    points = [(1.0, 5.0), (2.0, 3.0), (3.0, 4.0), (4.0, 1.0), (1.0, 6.0), (2.5, 3.0)]
     low, high = Objective(metric="x"), Objective(metric="y", maximize=True)
     assert facts.front(points, low, Objective(metric="y")) == [0, 1, 3]
     assert facts.front(points, low, high) == [4]
