@@ -34,12 +34,13 @@ def key(parts: Mapping[str, Any]) -> str:
 
 
 def digest(*paths: Path) -> str:
-    """sha256 over names and contents of files and of the files in folders."""
+    """sha256 over names and contents of files and of the files in folders; where a folder lies and what it is called does not count."""
     total = hashlib.sha256()
     for path in paths:
         for file in [path] if path.is_file() else _files(path):
             with file.open("rb") as stream:
-                total.update(f"{file.relative_to(path.parent)} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+                name = file.relative_to(path) if path.is_dir() else file.name
+                total.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
 
 

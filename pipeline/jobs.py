@@ -1,0 +1,128 @@
+"""The children that prepare a study: `python -m pipeline.jobs NAME FOLDER` reads FOLDER/job.json and writes into FOLDER, result.json last.
+
+| job | job.json | writes | result |
+|---|---|---|---|
+| prepare | data | the data set, into FOLDER | summary |
+| inputs | data, workload | the six files of `workload`, into FOLDER | summary |
+| train | data, model, train | FOLDER/checkpoint | metrics, heads |
+| quantise | checkpoint, recipe, inputs | FOLDER/checkpoint | summary |
+| reference | checkpoint, inputs (FOLDER if left out), cache | FOLDER/reference.npz | summary |
+
+`data`, `checkpoint` and `inputs` are folders; in `prepare`, `data` is the configuration's section, as `model`, `train` and `workload` are.
+An outcome 'user' carries a message for the user, to be printed as it is. Left out: where results are kept (`cache`), and in which order jobs run.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipeline.contracts import Outcome
+from pipeline.errors import UserError
+from pipeline.records import read_json, write_json
+
+Spec = Mapping[str, Any]
+
+
+def prepare(spec: Spec, folder: Path) -> dict[str, Any]:
+    """Load a source and make its columns."""
+    from model.datasets import DataConfig
+    from model.datasets import prepare as prepare_data
+
+    section, names = dict(spec["data"]), [f.name for f in fields(DataConfig)]
+    if unknown := sorted(set(section) - set(names)):
+        raise UserError(f"data.{unknown[0]} is not a setting of the data; there are {', '.join(names)}")
+    return {"summary": prepare_data(DataConfig(**section), folder, progress)}
+
+
+def inputs(spec: Spec, folder: Path) -> dict[str, Any]:
+    """Draw the workloads and the quality, parity, golden and calibration sets."""
+    from pipeline.workload import make_inputs
+
+    return {"summary": make_inputs(Path(spec["data"]), spec["workload"], folder, progress)}
+
+
+def train(spec: Spec, folder: Path) -> dict[str, Any]:
+    """Train a checkpoint; goes on where a killed one in the same folder stopped."""
+    from model.config import resolve
+    from model.datasets import open_dataset
+    from model.train import resolve_train
+    from model.train import train as train_model
+
+    try:
+        model = resolve(spec["model"])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    metrics = train_model(resolve_train(spec["train"]), model, Path(spec["data"]), folder / "checkpoint", progress)
+    return {"metrics": metrics, "heads": list(open_dataset(Path(spec["data"])).schema.heads)}
+
+
+def quantise(spec: Spec, folder: Path) -> dict[str, Any]:
+    """Calibrate, quantise and export."""
+    from calibration.quantise import quantise as quantise_checkpoint
+    from pipeline.workload import CALIBRATION
+
+    out = folder / "checkpoint"
+    summary = quantise_checkpoint(Path(spec["checkpoint"]), str(spec["recipe"]), Path(spec["inputs"]) / CALIBRATION, out, progress)
+    return {"summary": summary}
+
+
+def reference(spec: Spec, folder: Path) -> dict[str, Any]:
+    """Score the quality, parity and golden sets with the eager engine in fp32, through a session as every engine is."""
+    from pipeline.backends import registry
+    from pipeline.quality import make_reference
+
+    eager = registry.get("eager")
+    progress(0.0, "opening the reference engine")
+    with TemporaryDirectory(dir=folder, prefix=".engine.") as engine:
+        eager.build(Path(spec["checkpoint"]), {"build.precision": "fp32"}, Path(engine))
+        session = eager.load(Path(engine), {})
+        try:
+            progress(0.1, "scoring the quality set")
+            return {"summary": make_reference(session, Path(spec.get("inputs", folder)), folder)}
+        finally:
+            session.close()
+
+
+JOBS: dict[str, Callable[[Spec, Path], dict[str, Any]]] = {f.__name__: f for f in (prepare, inputs, train, quantise, reference)}
+
+
+def progress(share: float, text: str) -> None:
+    """One line for the parent to show."""
+    print(f"progress {share:.3f} {text}", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one job. Exit code 0 when it did its work."""
+    if len(arguments) != 2 or arguments[0] not in JOBS:
+        print(f"usage: python -m pipeline.jobs {{{','.join(JOBS)}}} FOLDER", file=sys.stderr)
+        return 2
+    folder = Path(arguments[1]).resolve()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    started = time.time()
+    try:
+        spec = read_json(folder / "job.json")
+        result: dict[str, Any] = {"outcome": str(Outcome.MEASURED), "reason": "", **JOBS[arguments[0]](spec, folder)}
+    except UserError as error:
+        result = {"outcome": "user", "reason": str(error)}
+    except (Exception, MemoryError) as error:
+        from pipeline.trial import sorted_by_fault
+
+        traceback.print_exc()
+        measured = sorted_by_fault(error)
+        result = {"outcome": str(measured.outcome), "reason": measured.reason}
+    write_json(folder / "result.json", {**result, "started": started, "finished": time.time()})
+    return 0 if result["outcome"] == Outcome.MEASURED else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

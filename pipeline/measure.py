@@ -1,0 +1,229 @@
+"""Latency under an open loop, peak throughput under a closed one, and windows that count.
+
+The open loop sends each request at its own time, whatever the system does; latency runs from the intended arrival to the last score, so a
+sender that is late makes figures worse, never better, and a window in which it was late too often is thrown away. It sleeps and never
+spins: on two cores a spinning sender takes from the engine, and from its own interpreter, what it is there to measure.
+
+What the figures of a window are is in `percentiles`; whether the machine was ours, in `machine`. Left out: goals and decisions.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import machine
+from pipeline.contracts import RankingRequest, Scores, Session
+from pipeline.errors import MachineError, Overloaded, SettingsError
+
+FloatArray = NDArray[np.float64]
+Say = Callable[[str], None]
+
+BACKLOG_S, BACKLOG_SHARE = 1.0, 0.1
+"""The open loop stops when more requests wait than arrive in this time, or than this share of the window's: a queue that long has no steady
+state, and its percentiles would tell the window's length."""
+BACKLOG_LEAST = 32
+"""Fewer waiting requests than this are no backlog at any rate."""
+DRAIN_S = 60.0
+LATE_MS, LATE_SHARE = 2.0, 0.1
+"""The sender's p99 lateness may be this long, or this share of the latency's p99 if that is longer."""
+PREROLL = 64
+"""Requests sent in the open loop, unmeasured, right before a window: it forms smaller batches than the closed loop that warms up."""
+SETTLED = 0.2
+"""Warm when the medians of two rounds in a row differ by less than this share."""
+ROUNDS = 8
+SWITCH_S = 0.0005
+"""The interpreter's switch interval while we measure: at the default 5 ms a batch being packed holds up the sender for as long."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Window:
+    """Raw samples of one open-loop window, one a request, in the order of their arrival."""
+
+    arrival_s: FloatArray
+    """Intended."""
+    latency_ms: FloatArray
+    late_ms: FloatArray
+    """How long after the intended arrival the request was sent."""
+    seconds: float
+    """From the first intended arrival to the last score."""
+    counters: Mapping[str, float]
+    """What the session counted in it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Peak:
+    """A closed loop: as many requests in flight as told, at any time."""
+
+    rate_rps: float
+    latency_ms: FloatArray
+    per_slice_rps: FloatArray
+    """Rates of ten equal parts."""
+    counters: Mapping[str, float]
+
+
+def open_loop(session: Session, requests: Sequence[RankingRequest]) -> Window:
+    """Send each request at its `arrival_s` and wait for all. Raises SettingsError when the queue grows without bound or turns requests away."""
+    arrivals = [request.arrival_s for request in requests]
+    rate = (len(requests) - 1) / max(arrivals[-1] - arrivals[0], 1e-9)
+    limit = max(BACKLOG_LEAST, round(min(rate * BACKLOG_S, len(requests) * BACKLOG_SHARE)))
+    done, late = [0.0] * len(requests), [0.0] * len(requests)
+    finished: list[int] = []
+    futures: list[Future[Scores]] = []
+
+    def finish(i: int, future: Future[Scores]) -> None:
+        done[i] = time.perf_counter()
+        if not future.cancelled() and future.exception():
+            refused.append(future)
+        finished.append(i)
+
+    refused: list[Future[Scores]] = []
+    before = dict(session.counters())
+    start = time.perf_counter() + 0.01 - arrivals[0]
+    for i, request in enumerate(requests):
+        due = start + arrivals[i]
+        while (left := due - time.perf_counter()) > 0:
+            time.sleep(left)
+        late[i] = time.perf_counter() - due
+        futures.append(session.submit(request))
+        futures[-1].add_done_callback(partial(finish, i))
+        waiting = i + 1 - len(finished)
+        if refused or waiting > limit:
+            break
+    else:
+        wait(futures, timeout=DRAIN_S)
+        waiting = len(requests) - len(finished)
+    if refused or len(futures) < len(requests) or waiting:
+        for future in futures:
+            future.cancel()
+        _overloaded(refused, rate, waiting, limit, arrivals[len(futures) - 1] - arrivals[0])
+    latency = (np.array(done) - start - np.array(arrivals)) * 1000
+    return Window(
+        arrival_s=np.array(arrivals),
+        latency_ms=latency,
+        late_ms=np.array(late) * 1000,
+        seconds=max(done) - start - arrivals[0],
+        counters=_delta(before, session.counters()),
+    )
+
+
+def closed_loop(session: Session, requests: Sequence[RankingRequest], concurrency: int, seconds: float) -> Peak:
+    """Keep `concurrency` requests in flight for that long, going through the list over and over."""
+    concurrency = min(concurrency, int(session.effective.get("serve.queue_limit", concurrency)))
+    slots = threading.Semaphore(concurrency)
+    finished: list[tuple[float, float]] = []
+    futures: list[Future[Scores]] = []
+
+    def finish(sent: float, future: Future[Scores]) -> None:
+        finished.append((time.perf_counter(), sent))
+        slots.release()
+
+    before = dict(session.counters())
+    start = time.perf_counter()
+    for i in count():
+        slots.acquire()
+        if (sent := time.perf_counter()) - start >= seconds:
+            break
+        futures.append(session.submit(requests[i % len(requests)]))
+        futures[-1].add_done_callback(partial(finish, sent))
+    for future in futures:
+        future.result(DRAIN_S)  # what the engine raised, this raises
+    ends = np.array([end for end, _ in finished]) - start
+    latency = np.array([end - sent for end, sent in finished]) * 1000
+    slices = np.histogram(ends, bins=10, range=(0, seconds))[0] * 10 / seconds
+    counters = _delta(before, session.counters())
+    return Peak(rate_rps=float((ends <= seconds).sum() / seconds), latency_ms=latency, per_slice_rps=slices, counters=counters)
+
+
+def warm_up(session: Session, requests: Sequence[RankingRequest], concurrency: int, seconds: float, say: Say) -> int:
+    """Closed-loop rounds until nothing is compiled any more and latencies have settled. Returns the number of rounds.
+
+    Raises SettingsError for an engine that never stops compiling, MachineError where latencies do not settle.
+    """
+    median = float("nan")
+    compiled = 0.0
+    for number in range(1, ROUNDS + 1):
+        peak = closed_loop(session, requests, concurrency, seconds / 2)
+        last, median = median, float(np.median(peak.latency_ms))
+        compiled = peak.counters.get("compilations", 0.0)
+        if not compiled and abs(median - last) <= SETTLED * max(median, last):
+            say(f"warm after {number} rounds, closed-loop median {median:.2f} ms")
+            return number
+    if compiled:
+        raise SettingsError(
+            f"the engine still compiled in warm-up round {ROUNDS} ({compiled:g} times); its shapes do not come back, use larger buckets"
+        )
+    raise MachineError(
+        f"latencies did not settle in {ROUNDS} warm-up rounds: medians {last:.2f} and {median:.2f} ms, at most {SETTLED:.0%} apart; "
+        "stop other work on this machine"
+    )
+
+
+def timed_window(
+    session: Session,
+    requests: Sequence[RankingRequest],
+    preroll: Sequence[RankingRequest],
+    *,
+    repeats: int,
+    say: Say,
+    late_limit_ms: float = LATE_MS,
+    foreign_share: float = machine.FOREIGN_SHARE,
+    read: machine.Reader = machine.read,
+) -> Window:
+    """A window that counts: nothing compiled in it, the sender kept time, the machine was ours. Repeated up to `repeats` times.
+
+    Raises SettingsError when the load is too much or the engine keeps compiling, MachineError when every window was disturbed.
+    """
+    gc.collect()
+    gc.freeze()
+    for left in range(repeats, -1, -1):
+        open_loop(session, preroll)
+        before = read()
+        window = open_loop(session, requests)
+        reason = spoilt(window, late_limit_ms) or machine.disturbance(before, read(), foreign_share)
+        if not reason:
+            return window
+        say(f"window discarded: {reason}" + (f"; {left} repeats left" if left else ""))
+    if window.counters.get("compilations", 0.0):
+        raise SettingsError(f"the engine compiled in each of {repeats + 1} windows: {reason}")
+    raise MachineError(f"none of {repeats + 1} windows counts; the last one: {reason}")
+
+
+def spoilt(window: Window, late_limit_ms: float = LATE_MS) -> str:
+    """What within a window makes it invalid; empty when nothing does."""
+    if compiled := window.counters.get("compilations", 0.0):
+        return f"the engine compiled {compiled:g} times inside it"
+    late, latency = float(np.percentile(window.late_ms, 99)), float(np.percentile(window.latency_ms, 99))
+    limit = max(late_limit_ms, LATE_SHARE * latency)
+    if late > limit:
+        return f"requests were sent {late:.2f} ms late (p99), at most {limit:.2f} ms may be: the machine is too busy; see measure.late_limit_ms"
+    return ""
+
+
+def quick_switching() -> None:
+    """Let the sender's thread in within half a millisecond. For a process that does nothing but measure."""
+    sys.setswitchinterval(SWITCH_S)
+
+
+def _overloaded(refused: Sequence[Future[Scores]], rate: float, waiting: int, limit: int, seconds: float) -> None:
+    """Say why the open loop was stopped. A failure of the engine is raised as it is."""
+    for future in refused:
+        error = future.exception()
+        if error and not isinstance(error, Overloaded):
+            raise error
+    how = "a request was turned away" if refused else f"{waiting} requests were waiting, {limit} at most may"
+    raise SettingsError(f"overloaded at {rate:.1f} requests/s: {how} after {seconds:.1f} s; these settings cannot keep up with the offered load")
+
+
+def _delta(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) - float(before.get(name, 0.0)) for name, value in after.items()}

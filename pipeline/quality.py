@@ -1,0 +1,204 @@
+"""Accuracy of an engine through the very session that is timed, against the fp32 reference's scores of the same requests.
+
+Per trained head: AUC, GAUC, normalised entropy, log loss, and the 95 % one-sided upper bounds of what AUC (DeLong, paired) and GAUC (paired
+bootstrap over users) lose against the reference. Identical scores lose exactly nothing. Accuracy depends on numerics alone, so the figures are
+kept under the engine's build key; the parity sample is scored in every trial all the same, because serving knobs must not change scores.
+
+Left out: what loss is too much (the goal's bounds), and how far an engine may stray from the oracle (`backends.tolerance`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.cache import Cache, digest
+from pipeline.contracts import HEADS, LabelledRequest, RankingRequest, Scores, Session, Settings
+from pipeline.errors import MachineError, SettingsError
+from pipeline.records import read_json, write_json
+from pipeline.requests import load_labelled, load_requests
+from pipeline.workload import GOLDEN, PARITY, QUALITY
+
+FloatArray = NDArray[np.float64]
+REFERENCE = "reference.npz"
+IN_FLIGHT = 64
+TOP = 10
+RESAMPLES = 1000
+ONE_SIDED_95 = 1.6448536269514722
+CHUNK_CELLS = 4_000_000
+"""Resampled counts held at once: 32 MB."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Accuracy:
+    """What one engine's numerics are worth."""
+
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    parity: Scores
+    """[sum K, heads] scores of the parity sample when it was scored with the quality set."""
+
+
+def score(session: Session, requests: Sequence[RankingRequest]) -> list[Scores]:
+    """Scores of each request, a bounded number of them in flight. Raises SettingsError where one is not finite."""
+    limit = min(IN_FLIGHT, int(session.effective.get("serve.queue_limit", IN_FLIGHT)))
+    waiting: deque[Future[Scores]] = deque()
+    scores: list[Scores] = []
+    for request in requests:
+        if len(waiting) == limit:
+            scores.append(waiting.popleft().result())
+        waiting.append(session.submit(request))
+    scores += [future.result() for future in waiting]
+    for request, given in zip(requests, scores, strict=True):
+        if given.shape != (len(request.candidates), len(HEADS)) or not np.isfinite(given).all():
+            raise SettingsError(f"the engine must give finite scores [{len(request.candidates)}, {len(HEADS)}], got {given.shape} with bad values")
+    return scores
+
+
+def accuracy_key(inputs: Path, heads: Sequence[str], engine_key: str) -> str:
+    """Names the figures of one engine's numerics on one folder of inputs; this file counts, a figure computed otherwise is another one."""
+    files = [inputs / name for name in (QUALITY, PARITY, REFERENCE)]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise MachineError(f"{inputs} misses {', '.join(missing)}; run the jobs `inputs` and `reference` on that folder first")
+    return Cache.key({"engine": engine_key, "files": digest(*files), "heads": list(heads), "code": digest(Path(__file__))})
+
+
+def accuracy(session: Session, inputs: Path, heads: Sequence[str], cache: Cache, key: str) -> Accuracy:
+    """Score the quality set, or find the figures under `accuracy_key`."""
+
+    def make(out: Path) -> None:
+        samples = load_labelled(inputs / QUALITY)
+        parity = score(session, load_requests(inputs / PARITY))
+        began = time.perf_counter()
+        scores = score(session, [sample.request for sample in samples])
+        seconds = time.perf_counter() - began
+        metrics, intervals = compare(samples, scores, split(reference(inputs, "quality"), samples), heads)
+        np.savez(out / "scores.npz", quality=np.concatenate(scores), parity=np.concatenate(parity))
+        write_json(out / "figures.json", {"metrics": metrics | {"time_s/quality": seconds}, "intervals": intervals})
+
+    return _read(cache.folder("accuracy", key, make))
+
+
+def known_accuracy(cache: Cache, key: str) -> Accuracy | None:
+    """What a trial of the same numerics found before, if any did."""
+    folder = cache.find("accuracy", key)
+    return _read(folder) if folder else None
+
+
+def _read(folder: Path) -> Accuracy:
+    figures = read_json(folder / "figures.json")
+    with np.load(folder / "scores.npz") as kept:
+        parity = kept["parity"]
+    intervals = {name: (float(low), float(high)) for name, (low, high) in figures["intervals"].items()}
+    return Accuracy(metrics=figures["metrics"], intervals=intervals, parity=parity)
+
+
+def reference(inputs: Path, name: str) -> Scores:
+    """[sum K, heads] reference scores of the quality, parity or golden set. Raises MachineError where job `reference` has not run."""
+    try:
+        with np.load(inputs / REFERENCE) as columns:
+            scores: Scores = columns[name]
+            return scores
+    except (OSError, KeyError, ValueError) as error:
+        raise MachineError(f"{inputs / REFERENCE} has no scores of '{name}' ({error}); run the job `reference` on that folder first") from error
+
+
+def check_parity(live: Sequence[Scores], expected: Scores, settings: Settings, what: str) -> float:
+    """Largest difference from `expected`. Raises SettingsError where it is more than numerics explain."""
+    from pipeline.backends import tolerance
+
+    scores = np.concatenate(live)
+    if scores.shape != expected.shape:
+        raise MachineError(f"parity scores must be {list(expected.shape)} as of {what}, got {list(scores.shape)}; make the inputs again")
+    difference, limit = float(np.abs(scores - expected).max()), tolerance.SCORE[tolerance.precision(settings)]
+    if difference > limit:
+        raise SettingsError(
+            f"scores of the parity sample differ by up to {difference:.2g} from {what}, at most {limit:g} may be: "
+            "the engine computes something else under these settings"
+        )
+    return difference
+
+
+def compare(
+    samples: Sequence[LabelledRequest], scores: Sequence[Scores], expected: Sequence[Scores], heads: Sequence[str]
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """All figures of `scores` against the `expected` ones of the reference. A figure that is not defined is left out."""
+    from model.metrics import auc_interval, evaluate, gauc_interval, head_columns
+
+    metrics = evaluate(samples, scores, heads)
+    intervals: dict[str, tuple[float, float]] = {}
+    theirs = head_columns(samples, expected, heads)
+    for head, (labels, values, users) in head_columns(samples, scores, heads).items():
+        if f"auc/{head}" in metrics:
+            intervals[f"auc/{head}"] = auc_interval(labels, values)
+            metrics[f"auc_loss/{head}"], metrics[f"auc_loss_upper/{head}"] = auc_loss(labels, theirs[head][1], values)
+        if f"gauc/{head}" in metrics:
+            intervals[f"gauc/{head}"] = gauc_interval(labels, values, users)
+            metrics[f"gauc_loss/{head}"], metrics[f"gauc_loss_upper/{head}"] = gauc_loss(labels, theirs[head][1], values, users)
+    columns = [HEADS.index(head) for head in heads]
+    metrics["score_diff/max"] = max(float(np.abs(a - b)[:, columns].max()) for a, b in zip(scores, expected, strict=True))
+    agreement = top_agreement(scores, expected, columns)
+    if np.isfinite(agreement):
+        metrics[f"topk_agreement/{TOP}"] = agreement
+    return metrics, intervals
+
+
+def auc_loss(labels: NDArray[np.bool_], expected: FloatArray, values: FloatArray) -> tuple[float, float]:
+    """(reference AUC minus this one, its 95 % one-sided upper bound) by DeLong's paired variance, events taken as independent."""
+    from model.metrics import auc_components
+
+    differences = [a - b for a, b in zip(auc_components(labels, expected), auc_components(labels, values), strict=True)]
+    variance = sum(float(d.var(ddof=1)) / len(d) for d in differences if len(d) > 1)
+    loss = float(differences[0].mean())
+    return loss, loss + ONE_SIDED_95 * variance**0.5
+
+
+def gauc_loss(
+    labels: NDArray[np.bool_], expected: FloatArray, values: FloatArray, users: NDArray[np.int64], resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """(reference GAUC minus this one, its 95 % one-sided upper bound) by a paired bootstrap: users are drawn, never events."""
+    from model.metrics import auc_by_user
+
+    _, theirs, weights = auc_by_user(labels, expected, users)
+    _, ours, _ = auc_by_user(labels, values, users)
+    weighted = (theirs - ours) * weights
+    rng, count = np.random.default_rng(seed), len(weights)
+    drawn = []
+    for start in range(0, resamples, step := max(1, CHUNK_CELLS // count)):
+        counts = rng.multinomial(count, np.full(count, 1 / count), size=min(step, resamples - start)).astype(np.float64)
+        drawn.append((counts @ weighted) / (counts @ weights))
+    return float(weighted.sum() / weights.sum()), float(np.quantile(np.concatenate(drawn), 0.95))
+
+
+def top_agreement(scores: Sequence[Scores], expected: Sequence[Scores], columns: Sequence[int]) -> float:
+    """Share of the reference's ten best candidates that are among ours, over requests of more than ten; NaN without any."""
+    shares = []
+    for ours, theirs in zip(scores, expected, strict=True):
+        if len(ours) > TOP:
+            best = [np.argsort(-table, axis=0, kind="stable")[:TOP] for table in (ours, theirs)]
+            shares += [len(np.intersect1d(best[0][:, column], best[1][:, column])) / TOP for column in columns]
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def split(flat: Scores, samples: Sequence[LabelledRequest] | Sequence[RankingRequest]) -> list[Scores]:
+    """[sum K, heads] -> one array a request."""
+    counts = [len(item.labels) if isinstance(item, LabelledRequest) else len(item.candidates) for item in samples]
+    if sum(counts) != len(flat):
+        raise MachineError(f"there must be one score a candidate, {sum(counts)} here, got {len(flat)}; make the inputs and reference again")
+    return np.split(flat, np.cumsum(counts)[:-1])
+
+
+def make_reference(session: Session, inputs: Path, out: Path) -> dict[str, float]:
+    """Write reference.npz: the session's scores of the quality, parity and golden sets, [sum K, heads] each. Returns the largest of each."""
+    quality = [sample.request for sample in load_labelled(inputs / QUALITY)]
+    sets = {"quality": quality, "parity": load_requests(inputs / PARITY), "golden": load_requests(inputs / GOLDEN)}
+    scores = {name: np.concatenate(score(session, requests)) for name, requests in sets.items()}
+    np.savez(out / REFERENCE, **scores)  # type: ignore[arg-type]
+    return {f"candidates/{name}": float(len(values)) for name, values in scores.items()}

@@ -1,0 +1,286 @@
+"""The child that runs one trial: `python -m pipeline.trial FOLDER`, by the launcher or by hand.
+
+candidate.json in; build (cached) -> load -> parity -> quality -> warm-up -> peak -> window -> close; result.json out, last and whole, beside
+samples.npz and scores.npz. Each phase is announced as a line `progress SHARE PHASE`, from which the parent knows where a child died.
+
+Errors are sorted here by who must act: SettingsError and running out of memory are the settings' (INFEASIBLE), everything else is ours (FAILED).
+A build runs in a process of its own, so that every trial is measured in one that has built nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache import Cache, digest
+from pipeline.contracts import Measurement, Outcome, Session, Settings
+from pipeline.errors import AutotuneError, MachineError, SettingsError, UserError
+from pipeline.records import Order, read_json, write_json
+
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "failed to allocate memory", "bad_alloc")
+"""How engines say it where they raise no MemoryError."""
+CODE = ("model", "calibration", "pipeline/backends")
+"""Sources that decide what an engine computes."""
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the trial of one folder. Exit code 0 unless FAILED; the verdict is in result.json."""
+    if not arguments:
+        print("usage: python -m pipeline.trial FOLDER (that of a trial, with its candidate.json)", file=sys.stderr)
+        return 2
+    folder = Path(arguments[0]).resolve()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the runner's question before it kills a child that hangs
+    order = read_order(folder)
+    # Before any engine is imported: thread pools read it once.
+    os.environ["OMP_NUM_THREADS"] = str(order.settings.get("engine.threads", os.environ.get("OMP_NUM_THREADS", "1")))
+    if arguments[1:2] == ["--build"]:
+        return _recorded(Path(arguments[2]), lambda: _build_here(order, Path(arguments[3])))
+    with contextlib.ExitStack() as held:
+        from pipeline.runner import MARKER
+
+        if MARKER not in os.environ:  # by hand: the launcher holds the machine otherwise
+            from pipeline.launcher import measuring
+
+            held.enter_context(measuring(Path(order.cache), print))
+        (folder / "result.json").unlink(missing_ok=True)
+        return _recorded(folder / "result.json", lambda: _Trial(folder, order).run())
+
+
+def read_order(folder: Path) -> Order:
+    """candidate.json. Raises UserError when it is missing or damaged."""
+    raw = read_json(folder / "candidate.json")
+    return Order(**{name: raw[name] for name in Order.__dataclass_fields__ if name in raw})
+
+
+def engine_key(order: Order) -> str:
+    """Everything that can change what a built engine computes: checkpoint, quant.* and build.* settings, code, environment."""
+    from pipeline.backends.knobs import BUILD_STAGES, stage
+    from pipeline.environment import fingerprint
+
+    checkpoint, manifest = Path(order.checkpoint), Path(order.checkpoint) / "manifest.json"
+    parts = {
+        "checkpoint": digest(manifest if manifest.is_file() else checkpoint),
+        "backend": order.backend,
+        "settings": stage(order.settings, BUILD_STAGES),
+        "code": digest(*(path for package in CODE for path in sorted((ROOT / package).rglob("*.py")))),
+        "environment": dict(fingerprint()),
+    }
+    return Cache.key(parts)
+
+
+def sorted_by_fault(error: BaseException) -> Measurement:
+    """An error as an outcome, with the engine's own words."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, SettingsError):
+        return Measurement(outcome=Outcome.INFEASIBLE, reason=text)
+    if isinstance(error, MemoryError) or (not isinstance(error, AutotuneError) and any(word in text.lower() for word in MEMORY_WORDS)):
+        return Measurement(outcome=Outcome.INFEASIBLE, reason=f"out of memory under these settings: {text}")
+    if isinstance(error, AutotuneError):
+        return Measurement(outcome=Outcome.FAILED, reason=text)
+    return Measurement(outcome=Outcome.FAILED, reason=f"{type(error).__name__}: {text}")
+
+
+def ignored(asked: Settings, effective: Settings) -> list[str]:
+    """Knobs that the engine does not run with as asked, a line each."""
+    lines = []
+    for name, value in asked.items():
+        read = effective.get(name)
+        same = math.isclose(value, read) if isinstance(value, float) and isinstance(read, (int, float)) else value == read
+        if not same:
+            lines.append(f"{name} was asked to be {value!r} and is {'not reported' if read is None else repr(read)}")
+    return lines
+
+
+def _recorded(path: Path, work: Any) -> int:
+    """Write what `work` returns, or how it failed, to `path`: the last thing that happens."""
+    started = time.time()
+    try:
+        measurement, extra = work()
+    except (Exception, MemoryError) as error:
+        if not isinstance(error, SettingsError):
+            traceback.print_exc()
+        measurement, extra = sorted_by_fault(error), {}
+    finished = time.time()
+    result = {**asdict(measurement), "seconds": finished - started, "started": started, "finished": finished, **extra}
+    write_json(path, result)
+    print(f"{measurement.outcome}: {measurement.reason or 'see result.json'}", flush=True)
+    return 1 if measurement.outcome is Outcome.FAILED else 0
+
+
+def _build_here(order: Order, out: Path) -> tuple[Measurement, dict[str, Any]]:
+    from pipeline.backends import registry
+    from pipeline.backends.knobs import BUILD_STAGES, stage
+
+    registry.get(order.backend).build(Path(order.checkpoint), stage(order.settings, BUILD_STAGES), out)
+    return Measurement(outcome=Outcome.MEASURED), {}
+
+
+@dataclass
+class _Trial:
+    """One run through the phases. Figures gather in `metrics` and `intervals`."""
+
+    folder: Path
+    order: Order
+    metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def run(self) -> tuple[Measurement, dict[str, Any]]:
+        from pipeline.backends import registry
+        from pipeline.backends.knobs import LOAD_STAGES, stage
+        from pipeline.environment import fingerprint
+
+        backend, key = registry.get(self.order.backend), engine_key(self.order)
+        self._phase(0.0, "build")
+        engine = self._built(key)
+        self._phase(0.2, "load")
+        _reset_peak_memory()
+        began = time.perf_counter()
+        session = backend.load(engine, stage(self.order.settings, LOAD_STAGES))
+        self.metrics["time_s/load"] = time.perf_counter() - began
+        try:
+            if wrong := ignored(self.order.settings, session.effective):
+                raise SettingsError(f"{backend.name} does not run as asked: {'; '.join(wrong)}")
+            self._check(session, key, began)
+            self._measure(session)
+        finally:
+            self._phase(0.95, "close")
+            session.close()
+        self._phase(0.98, "write")
+        measured = Measurement(
+            outcome=Outcome.MEASURED,
+            metrics=self.metrics,
+            intervals=self.intervals,
+            effective=dict(session.effective),
+            environment=dict(fingerprint()),
+        )
+        return measured, {"engine": str(engine)}
+
+    def _built(self, key: str) -> Path:
+        """The engine, from the cache or from a process of its own."""
+        cache = Cache(Path(self.order.cache))
+
+        def make(out: Path) -> None:
+            verdict = self.folder / "build.json"
+            verdict.unlink(missing_ok=True)
+            ended = subprocess.run([sys.executable, "-m", "pipeline.trial", str(self.folder), "--build", str(verdict), str(out)], check=False)
+            if ended.returncode < 0:
+                # Whoever watches this trial sorts crashes by signal, so it must see the builder's.
+                sys.stdout.flush()
+                signal.signal(-ended.returncode, signal.SIG_DFL)
+                os.kill(os.getpid(), -ended.returncode)
+            try:
+                result = read_json(verdict)
+            except UserError as error:
+                raise MachineError(f"the build ended with exit code {ended.returncode} and no verdict; see the log above") from error
+            verdict.unlink()
+            if result["outcome"] != Outcome.MEASURED:
+                raise (SettingsError if result["outcome"] == Outcome.INFEASIBLE else MachineError)(result["reason"])
+
+        engine = cache.folder("engine", key, make)
+        self.metrics["time_s/build"] = cache.seconds("engine", key)
+        return engine
+
+    def _check(self, session: Session, key: str, began: float) -> None:
+        """Parity always; the accuracy figures where the order asks for them."""
+        import numpy as np
+
+        from pipeline import quality
+        from pipeline.requests import load_requests
+        from pipeline.workload import GOLDEN, PARITY
+
+        inputs = Path(self.order.inputs)
+        self._phase(0.3, "parity")
+        golden_requests, parity_requests = load_requests(inputs / GOLDEN), load_requests(inputs / PARITY)
+        golden = quality.score(session, golden_requests[:1])
+        self.metrics["time_s/first_score"] = time.perf_counter() - began
+        golden += quality.score(session, golden_requests[1:])
+        parity = quality.score(session, parity_requests)
+        np.savez(self.folder / "scores.npz", golden=np.concatenate(golden), parity=np.concatenate(parity))
+        cache = Cache(Path(self.order.cache))
+        heads = read_json(Path(self.order.checkpoint) / "config.json")["schema"]["heads"]
+        accuracy_key = quality.accuracy_key(inputs, heads, key)
+        known = quality.known_accuracy(cache, accuracy_key)
+        if self.order.quality:
+            self._phase(0.35, "quality")
+            known = quality.accuracy(session, inputs, heads, cache, accuracy_key)
+            self.metrics |= known.metrics
+            self.intervals |= known.intervals
+        expected, what = (known.parity, "what these numerics gave before") if known else (quality.reference(inputs, "parity"), "the reference")
+        difference = quality.check_parity(parity, expected, self.order.settings, what)
+        self.metrics["score_diff/parity"] = difference
+
+    def _measure(self, session: Session) -> None:
+        import numpy as np
+
+        from pipeline import measure, percentiles, workload
+        from pipeline.machine import FOREIGN_SHARE
+
+        how, inputs = self.order.measure, Path(self.order.inputs)
+        name = str(how.get("workload", workload.WORKLOAD))
+        warm = workload.load(inputs / workload.other(name))
+        measure.quick_switching()
+        self._phase(0.5, "warmup")
+        concurrency = int(how["concurrency"])
+        measure.warm_up(session, warm, concurrency, float(how["warmup_s"]), print)
+        self._phase(0.6, "peak")
+        peak = measure.closed_loop(session, warm, concurrency, float(how["peak_s"]))
+        self._add(percentiles.peak_figures(peak))
+        rate = float(how.get("rate_rps", 0.0)) or float(how["load"]) * peak.rate_rps
+        self._phase(0.7, f"window at {rate:.1f} requests/s, closed-loop peak {peak.rate_rps:.1f}")
+        window = measure.timed_window(
+            session,
+            workload.load(inputs / name, rate),
+            workload.load(inputs / workload.other(name), rate)[: measure.PREROLL],
+            repeats=int(how["window_repeats"]),
+            say=print,
+            late_limit_ms=float(how.get("late_limit_ms", measure.LATE_MS)),
+            foreign_share=float(how.get("foreign_share", FOREIGN_SHARE)),
+        )
+        np.savez(self.folder / "samples.npz", latency_ms=window.latency_ms, arrival_s=window.arrival_s, late_ms=window.late_ms)
+        self._add(percentiles.figures(window))
+        self.metrics["memory_mib/peak"] = _peak_memory_mib()
+
+    def _add(self, found: tuple[Mapping[str, float], Mapping[str, tuple[float, float]]]) -> None:
+        self.metrics |= found[0]
+        self.intervals |= found[1]
+
+    def _phase(self, share: float, text: str) -> None:
+        print(f"progress {share:.3f} {text}", flush=True)
+
+
+def _reset_peak_memory() -> None:
+    """Start the kernel's high-water mark again; where it cannot be, the mark since the process began stands."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory_mib() -> float:
+    """High-water mark of this process's resident memory."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) / 1024 if found else 0.0
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as user_error:
+        sys.exit(f"error: {user_error}")

@@ -1,0 +1,115 @@
+"""Trials of the fake engine, each in its own process as the launcher runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.contracts import Outcome
+from pipeline.errors import MachineError, SettingsError
+from pipeline.launcher import LocalLauncher
+from pipeline.records import read_trial
+from pipeline.requests import load_requests
+from pipeline.trial import ignored, sorted_by_fault
+from tests.pipeline.trial_folder import make_trial
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("study")
+
+
+def launcher(root: Path, deadline_s: float = 60.0) -> LocalLauncher:
+    return LocalLauncher(cache=root / "cache", deadline_s=deadline_s, memory_mib=1024)
+
+
+def test_a_trial_measures_and_leaves_everything_a_study_reads(root: Path) -> None:
+    folder = make_trial(root, {"build.precision": "fp32", "engine.threads": 2, "serve.max_wait_ms": 0.0})
+    found = launcher(root).trial(folder)
+    assert found.outcome is Outcome.MEASURED, found.reason
+    m = found.metrics
+    assert 0 < m["latency_ms/p50"] <= m["latency_ms/p90"] <= m["latency_ms/max"]
+    assert "latency_ms/p99" not in m  # 120 requests cannot show one
+    arrivals = [r.arrival_s for r in load_requests(root / "inputs" / "workload.npz")]
+    assert m["throughput_rps/offered"] == pytest.approx(0.5 * m["throughput_rps/peak"] * 119 / (arrivals[-1] - arrivals[0]))
+    assert m["window/compilations"] == m["window/rejected"] == 0
+    assert m["memory_mib/peak"] > 10
+    assert m["auc_loss_upper/engagement"] == 0.0
+    assert m["gauc_loss_upper/engagement"] == 0.0
+    assert m["score_diff/max"] == m["score_diff/parity"] == 0.0
+    assert found.intervals["latency_ms/p50"][0] <= m["latency_ms/p50"] <= found.intervals["latency_ms/p50"][1]
+    assert found.effective["engine.threads"] == 2
+    assert found.environment["python"]
+    record = read_trial(folder)
+    assert 0 < record.started < record.finished
+    assert {name: len(column) for name, column in record.samples().items()} == {"latency_ms": 120, "arrival_s": 120, "late_ms": 120}
+    assert np.load(folder / "scores.npz")["golden"].shape[1] == 4
+    assert Path(json.loads((folder / "result.json").read_text())["engine"], "engine.json").exists()
+
+
+def test_replaying_a_folder_by_hand_measures_again(root: Path) -> None:
+    folder = make_trial(root, {"build.precision": "fp32", "engine.threads": 2}, name="0001")
+    by_hand = {k: v for k, v in os.environ.items() if k != "MTGR_AUTOTUNE_CHILD"}
+    ended = subprocess.run([sys.executable, "-m", "pipeline.trial", str(folder)], cwd=ROOT, env=by_hand, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "progress 0.700 window" in ended.stdout
+    assert read_trial(folder).outcome is Outcome.MEASURED
+
+
+def test_quantised_numerics_lose_measurably_and_are_scored_once(root: Path) -> None:
+    first = launcher(root).trial(make_trial(root, {"build.precision": "bf16"}, name="0002"))
+    assert first.outcome is Outcome.MEASURED, first.reason
+    assert 0 < first.metrics["score_diff/max"] < 5e-3
+    again = launcher(root).trial(make_trial(root, {"build.precision": "bf16", "engine.threads": 4}, name="0003"))
+    assert again.metrics["time_s/quality"] == first.metrics["time_s/quality"]  # a serving knob neither rebuilds nor scores again
+    assert again.metrics["time_s/build"] == first.metrics["time_s/build"]
+
+
+@pytest.mark.parametrize("settings", [{"engine.fault": "refuse"}, {"engine.threads": 99}, {"build.precision": "fp7"}, {"build.colour": "red"}])
+def test_refusals_are_infeasible_in_the_engines_own_words(root: Path, settings: dict[str, object]) -> None:
+    found = launcher(root).trial(make_trial(root, settings, name="0004"))
+    assert found.outcome is Outcome.INFEASIBLE
+    assert found.reason.startswith("fake")
+
+
+def test_an_engine_whose_scores_changed_is_infeasible(root: Path) -> None:
+    launcher(root).trial(make_trial(root, {}, name="0000"))  # the scores that these numerics ought to give
+    found = launcher(root).trial(make_trial(root, {"engine.fault": "scores"}, name="0005"))
+    assert found.outcome is Outcome.INFEASIBLE
+    assert "parity" in found.reason
+
+
+def test_a_bug_of_ours_is_failed_with_its_traceback_in_the_log(root: Path) -> None:
+    folder = make_trial(root, {"engine.fault": "bug"}, name="0006")
+    found = launcher(root).trial(folder)
+    assert (found.outcome, found.reason) == (Outcome.FAILED, "RuntimeError: a bug planted in the fake engine")
+    assert "Traceback" in (folder / "log.txt").read_text()
+
+
+def test_too_much_load_is_infeasible_and_stops_early(root: Path) -> None:
+    found = launcher(root).trial(make_trial(root, {}, name="0007", rate_rps=20_000.0))
+    assert found.outcome is Outcome.INFEASIBLE
+    assert "overloaded at 2" in found.reason
+
+
+def test_errors_are_sorted_by_who_must_act() -> None:
+    assert sorted_by_fault(SettingsError("no")).outcome is Outcome.INFEASIBLE
+    assert sorted_by_fault(MemoryError()).outcome is Outcome.INFEASIBLE
+    assert sorted_by_fault(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")).outcome is Outcome.INFEASIBLE
+    assert sorted_by_fault(MachineError("disk full: out of memory cards")).outcome is Outcome.FAILED
+    assert sorted_by_fault(ValueError("x")).reason == "ValueError: x"
+
+
+def test_an_ignored_knob_is_named() -> None:
+    assert ignored({"a": 0.1, "b": 2, "c": True}, {"a": 0.1 + 1e-17, "b": 1, "extra": 9}) == [
+        "b was asked to be 2 and is 1",
+        "c was asked to be True and is not reported",
+    ]
