@@ -82,9 +82,9 @@ def pack_numpy(requests: Sequence[RankingRequest], bucket: int = 32) -> dict[str
         request_of * padded_history + position,
     )
     return {
-        "user_ids": np.stack([r.user for r in requests]),
-        "event_ids": np.concatenate([r.events for r in requests]),
-        "candidate_ids": np.concatenate([r.candidates for r in requests]),
+        "user_ids": np.stack([r.user for r in requests]).astype(np.int64, copy=False),
+        "event_ids": np.concatenate([r.events for r in requests]).astype(np.int64, copy=False),
+        "candidate_ids": np.concatenate([r.candidates for r in requests]).astype(np.int64, copy=False),
         "cross": np.concatenate([r.cross for r in requests]).astype(np.float32, copy=False),
         "token_source": source,
         "kind": kind,

@@ -1,0 +1,255 @@
+"""What every engine must do, run against each of them, the fake first.
+
+Each is built once; widths are small and the length limit is that of a real model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model import checkpoint as checkpoints
+from model.config import ModelConfig
+from model.network import MTGR
+from model.oracle import oracle_scores
+from pipeline.backends import fake, registry, tolerance
+from pipeline.contracts import HEADS, Backend, RankingRequest, Settings
+from pipeline.errors import ArtifactError, InvalidRequest, Overloaded, SettingsError
+from tests.factories import jagged_requests, random_request
+from tests.model.lively import lively_model
+
+CONFIG = ModelConfig(d_model=32, layers=2, heads=2, max_seq_len=1024, scaling_seqlen=1024, embedding_dim=16)
+SERVE: Settings = {"serve.max_batch_tokens": 4096, "serve.max_wait_ms": 0.5, "serve.bucket": 64, "serve.queue_limit": 512}
+
+CASES: tuple[tuple[str, Settings], ...] = (
+    ("fake", {}),
+    ("fake", {"build.precision": "int8", "build.group": 64}),
+    ("eager", {"build.precision": "fp32"}),
+    ("eager", {"build.precision": "bf16"}),
+    ("compiled", {"build.precision": "fp32"}),
+    ("compiled", {"build.precision": "bf16"}),
+    ("onnxruntime", {"quant.recipe": "none", "build.graph_level": "all"}),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    backend: Backend
+    settings: Settings
+    engine: Path
+    checkpoint: Path
+    expected: Callable[[RankingRequest], np.ndarray]
+
+    @property
+    def tolerance(self) -> float:
+        return tolerance.SCORE[tolerance.precision(self.settings)]
+
+    def load(self, **serve: float):  # type: ignore[no-untyped-def]
+        return self.backend.load(self.engine, {"engine.threads": 1, **SERVE, **{f"serve.{name}": value for name, value in serve.items()}})
+
+
+@pytest.fixture(scope="session")
+def model() -> MTGR:
+    return lively_model(CONFIG)
+
+
+@pytest.fixture(scope="session")
+def oracle(model: MTGR) -> Callable[[RankingRequest], np.ndarray]:
+    """The oracle, which is slow, asked once about each request."""
+    known: dict[bytes, np.ndarray] = {}
+
+    def scores(request: RankingRequest) -> np.ndarray:
+        parts = (request.user, request.events, request.candidates, request.cross, request.visible, np.array(request.static_count))
+        key = b"/".join(part.tobytes() for part in parts)
+        if key not in known:
+            known[key] = oracle_scores(model, request)
+        return known[key]
+
+    return scores
+
+
+@pytest.fixture(scope="session", params=CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
+def case(
+    request: pytest.FixtureRequest, model: MTGR, oracle: Callable[[RankingRequest], np.ndarray], tmp_path_factory: pytest.TempPathFactory
+) -> Case:
+    name, settings = request.param
+    backend = registry.get(name)
+    if reason := backend.unavailable():
+        pytest.skip(reason)
+    checkpoint, engine = tmp_path_factory.mktemp("checkpoint") / "model", tmp_path_factory.mktemp(name)
+    checkpoints.save(checkpoint, model)
+    backend.build(checkpoint, settings, engine)
+    effective = {"build.precision": "fp32", "engine.fault": "none", **settings}
+    expected = (lambda r: fake.scores(r, effective)) if name == "fake" else oracle
+    return Case(backend, settings, engine, checkpoint, expected)
+
+
+@pytest.fixture
+def session(case: Case) -> Iterator[object]:
+    session = case.load()
+    yield session
+    session.close()
+
+
+def assert_close(case: Case, requests: list[RankingRequest], scores: list[np.ndarray]) -> None:
+    for request, found in zip(requests, scores, strict=True):
+        assert found.shape == (len(request.candidates), len(HEADS))
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, case.expected(request), rtol=0, atol=case.tolerance)
+
+
+def test_scores_of_jagged_batches_agree_with_the_oracle(case: Case, session) -> None:
+    requests = jagged_requests(np.random.default_rng(1), count=24)
+    futures = [session.submit(request) for request in requests]
+    assert_close(case, requests, [future.result(60) for future in futures])
+
+
+@pytest.mark.parametrize(
+    ("static", "realtime", "candidates"), [(0, 0, 1), (0, 0, 300), (1, 0, 1), (0, 1, 2), (1021, 0, 1), (0, 1021, 1), (400, 221, 401), (300, 64, 64)]
+)
+def test_scores_agree_from_no_history_to_the_longest(case: Case, session, static: int, realtime: int, candidates: int) -> None:
+    request = random_request(np.random.default_rng(2), static=static, realtime=realtime, candidates=candidates, serving=False)
+    assert_close(case, [request], [session.submit(request).result(60)])
+
+
+def test_a_request_scores_the_same_alone_and_in_company(case: Case, session) -> None:
+    rng = np.random.default_rng(3)
+    requests = [random_request(rng, static=int(rng.integers(0, 60)), realtime=int(rng.integers(0, 30)), candidates=7) for _ in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        together = [future.result(60) for future in pool.map(session.submit, requests)]
+    assert_close(case, requests, together)
+    alone = session.submit(requests[0]).result(60)
+    np.testing.assert_allclose(alone, together[0], rtol=0, atol=case.tolerance)
+
+
+def test_ids_of_any_integer_type_are_taken(case: Case, session) -> None:
+    request = random_request(np.random.default_rng(4))
+    narrow = replace(
+        request,
+        **{name: getattr(request, name).astype(np.int32) for name in ("user", "events", "candidates", "visible")},
+        cross=request.cross.astype(float),
+    )
+    np.testing.assert_array_equal(session.submit(narrow).result(60), session.submit(request).result(60))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: replace(r, candidates=r.candidates + 100),
+        lambda r: replace(r, cross=np.full_like(r.cross, np.nan)),
+        lambda r: replace(r, candidates=r.candidates[:0], cross=r.cross[:0], visible=r.visible[:0]),
+        lambda r: random_request(np.random.default_rng(0), static=1000, realtime=0, candidates=23),
+    ],
+    ids=["id out of range", "NaN", "K = 0", "too long"],
+)
+def test_an_invalid_request_is_refused_at_once_and_harms_nobody(case: Case, session, change: Callable[[RankingRequest], RankingRequest]) -> None:
+    good = random_request(np.random.default_rng(5))
+    with pytest.raises(InvalidRequest):
+        session.submit(change(good))
+    assert_close(case, [good], [session.submit(good).result(60)])
+
+
+@pytest.mark.parametrize("name", ["build.nonsense", "engine.threads", "serve.bucket"])
+def test_build_refuses_settings_that_are_not_its_own(case: Case, tmp_path: Path, name: str) -> None:
+    with pytest.raises(SettingsError, match="build\\.") as caught:
+        case.backend.build(case.checkpoint, {**case.settings, name: 1}, tmp_path)
+    assert name in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["engine.nonsense", "build.precision", "quant.recipe"])
+def test_load_refuses_settings_that_are_not_its_own(case: Case, name: str) -> None:
+    with pytest.raises(SettingsError, match=r"engine\.threads, .*serve\.bucket") as caught:
+        case.backend.load(case.engine, {name: "fp32"})
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("engine.threads", 0), ("engine.threads", "many"), ("serve.bucket", -1), ("serve.max_wait_ms", "long")])
+def test_load_refuses_values_out_of_range_and_says_what_is_legal(case: Case, name: str, value: object) -> None:
+    with pytest.raises(SettingsError, match=f"{name} takes a (whole )?number (of at least|from) .*{value!r}"):
+        case.backend.load(case.engine, {name: value})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_effective_settings_are_those_asked_for(case: Case, threads: int) -> None:
+    asked: Settings = {**SERVE, "engine.threads": threads, "serve.max_wait_ms": 2.0, "serve.bucket": 32}
+    session = case.backend.load(case.engine, asked)
+    try:
+        session.submit(random_request(np.random.default_rng(6))).result(60)
+        wanted = {**case.settings, **asked}
+        assert {name: session.effective.get(name) for name in wanted} == wanted
+    finally:
+        session.close()
+
+
+def test_what_is_queued_is_finished_before_closing(case: Case) -> None:
+    rng = np.random.default_rng(7)
+    requests = [random_request(rng) for _ in range(20)]
+    session = case.load(max_wait_ms=1000.0, max_batch_tokens=64)
+    futures = [session.submit(request) for request in requests]
+    session.close()
+    assert all(future.done() for future in futures)
+    assert_close(case, requests, [future.result() for future in futures])
+
+
+def test_close_gives_the_thread_back_and_ends_service(case: Case) -> None:
+    before = set(threading.enumerate())
+    session = case.load()
+    assert set(threading.enumerate()) > before
+    session.submit(random_request(np.random.default_rng(8))).result(60)
+    session.close()
+    session.close()
+    assert set(threading.enumerate()) == before
+    with pytest.raises(RuntimeError, match="closed"):
+        session.submit(random_request(np.random.default_rng(8)))
+
+
+def test_a_full_queue_turns_requests_away_at_once(case: Case) -> None:
+    rng = np.random.default_rng(9)
+    session = case.load(queue_limit=4, max_batch_tokens=1, max_wait_ms=0.0)
+    try:
+        futures = [session.submit(random_request(rng, static=200, realtime=100, candidates=100)) for _ in range(200)]
+        wait(futures, 60)
+        refused = [future for future in futures if isinstance(future.exception(), Overloaded)]
+        assert 0 < len(refused) < len(futures)
+        assert session.counters()["rejected"] == len(refused)
+        assert all(future.exception() is None for future in futures if future not in refused)
+    finally:
+        session.close()
+
+
+def test_counters_add_up_and_nothing_compiles_while_serving(case: Case, session) -> None:
+    rng = np.random.default_rng(10)
+    requests = jagged_requests(rng, count=12)
+    wait([session.submit(request) for request in requests], 60)
+    counters = session.counters()
+    assert counters["requests"] == len(requests)
+    assert 1 <= counters["batches"] <= len(requests)
+    assert counters["tokens"] == sum(request.tokens for request in requests) < counters["padded_tokens"]
+    assert counters["compilations"] == counters["rejected"] == 0
+
+
+def test_a_running_batch_leaves_the_interpreter_to_others(case: Case, session) -> None:
+    # A load generator in this process must be able to keep its times while the engine computes.
+    rng = np.random.default_rng(11)
+    requests = [random_request(rng, static=600, realtime=0, candidates=400) for _ in range(24)]
+    wait([session.submit(request) for request in requests[:2]], 60)
+    started, ticks = time.perf_counter(), 0
+    futures = [session.submit(request) for request in requests]
+    while not all(future.done() for future in futures):
+        time.sleep(0.001)
+        ticks += 1
+    batches = session.counters()["batches"]
+    assert ticks > 3 * batches, f"{ticks} ticks of 1 ms in {batches} batches and {time.perf_counter() - started:.3f} s"
+
+
+def test_a_folder_without_a_finished_engine_is_refused(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="build it again"):
+        case.backend.load(tmp_path, {})
