@@ -41,7 +41,7 @@ class DataConfig:
     events_per_user: int = 200
     """Synthetic: the mean; users = events / events_per_user."""
     items: int = 0
-    """Synthetic: catalogue size; 0 means 1 item for 400 events, between 50 and 20,000."""
+    """Synthetic: catalogue size; 0 means 1 item for 1,000 events, between 50 and 20,000."""
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:

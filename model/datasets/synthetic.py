@@ -58,7 +58,7 @@ class World:
 def load(config: DataConfig) -> EventLog:
     """`config.events` events. The same seed and sizes give the same log."""
     users = max(1, config.events // config.events_per_user)
-    items = config.items or int(np.clip(config.events // 400, 50, 20_000))
+    items = config.items or int(np.clip(config.events // 1000, 50, 20_000))
     rng = np.random.default_rng([config.seed, 0])
     world = make_world(rng, users, items)
     share = np.cumsum(rng.gamma(8.0, size=users) / mean_pause_s(world.loyalty))  # so that everyone stays about equally long
@@ -106,14 +106,14 @@ def make_world(rng: np.random.Generator, users: int, items: int) -> World:
         segment=segment,
         budget=rng.integers(BUDGETS, size=users),
         tier=tier,
-        taste=2 * np.pi * segment / GROUPS + rng.normal(scale=0.3, size=users),
-        taste_drift=rng.normal(scale=0.2, size=users),
+        taste=2 * np.pi * segment / GROUPS + rng.normal(scale=0.2, size=users),
+        taste_drift=rng.normal(scale=0.1, size=users),
         warmth=rng.normal(scale=0.5, size=users),
         loyalty=1.2 * (tier - (TIERS - 1) / 2) + rng.normal(scale=0.2, size=users),
         begin_s=START_S + rng.integers(SPAN_S, size=users),
         category=category,
         price=rng.integers(PRICES, size=items),
-        place=2 * np.pi * category / GROUPS + rng.normal(scale=0.25, size=items),
+        place=2 * np.pi * category / GROUPS + rng.normal(scale=0.2, size=items),
         quality=rng.normal(scale=0.7, size=items),
         season=rng.uniform(0, 2 * np.pi, size=items),
         early=_cumulative(np.exp(appeal)),

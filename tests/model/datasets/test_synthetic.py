@@ -1,5 +1,6 @@
 """Generated events keep what they promise: probabilities, sizes, sessions, determinism."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +50,28 @@ def test_the_retention_label_is_what_the_log_shows(log: EventLog) -> None:
     np.testing.assert_array_equal(log.labels[~final, 2], returned(log.user, log.time, synthetic.RETURN_S)[~final])
 
 
+def test_taste_price_and_fatigue_matter(log: EventLog) -> None:
+    """The parts a model has to find: the user's place on the circle against the item's, price against budget, the place in the session."""
+    assert log.truth is not None
+    segment, budget, tier = (log.user_table[log.user, column] - 1 for column in range(3))
+    category, price = (log.item_table[log.item, column] - 1 for column in range(2))
+    apart = np.abs((segment - category + 4) % 8 - 4)
+    means = [log.truth[apart == distance, 0].mean() for distance in range(5)]
+    assert all(nearer - farther > 0.05 for nearer, farther in pairwise(means))
+    assert log.truth[(price == 0) & (budget == 0), 3].mean() > 2 * log.truth[(price == 7) & (budget == 0), 3].mean()
+    assert log.truth[tier == 3, 2].mean() > log.truth[tier == 0, 2].mean() + 0.3
+    opens = np.append(True, (np.diff(log.user) != 0) | (np.diff(log.time) > 3600))
+    position = np.arange(len(log)) - np.flatnonzero(opens)[np.cumsum(opens) - 1]
+    assert log.truth[position == 0, 1].mean() > log.truth[position > 10, 1].mean() + 0.05
+
+
 def test_order_and_sizes(log: EventLog) -> None:
-    assert (len(log), log.users, log.items) == (100_000, 500, 250)
+    assert (len(log), log.users, log.items) == (100_000, 500, 100)
     assert (np.diff(log.user) >= 0).all()
     same = np.diff(log.user) == 0
     assert (np.diff(log.time)[same] > 0).all()
     np.testing.assert_array_equal(np.argsort(log.time, kind="stable"), np.argsort(log.order))
-    assert set(np.unique(log.item)) <= set(range(1, 251))
+    assert set(np.unique(log.item)) <= set(range(1, 101))
 
 
 def test_blocks_of_users_cover_everybody_once(monkeypatch: pytest.MonkeyPatch) -> None:
