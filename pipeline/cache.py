@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import MachineError
+from pipeline.errors import MachineError, SettingsError, UserError
 
 NO_ROOM = 64 * 1024
 """A maker that fails with less than this many bytes free failed for lack of room, whatever its library called it."""
@@ -115,7 +115,7 @@ class Cache:
             self._write_record(kind, key, {"kind": kind, "seconds": seconds, "created": time.time(), "files": files})
         except Exception as error:
             full = shutil.disk_usage(part if part.exists() else self.root).free < NO_ROOM
-            if full and not isinstance(error, MachineError):
+            if full and not isinstance(error, (UserError, SettingsError)):
                 raise _no_room(self.root, kind) from error
             raise
         finally:

@@ -138,7 +138,7 @@ def measurement_of(ended: ChildExit, folder: Path) -> Measurement:
         return Measurement(outcome=outcome, reason=reason, seconds=ended.seconds)
     how = f"was ended by {ended.signal}" if ended.signal else f"ended with exit code {ended.returncode}"
     broken = "a damaged result.json" if (folder / "result.json").exists() else "no result.json"
-    reason = f"the trial {how} {where} and left {broken}; its last words:\n{tail(folder)}"
+    reason = f"the process {how} {where} and left {broken}; its last words:\n{tail(folder)}"
     return Measurement(outcome=Outcome.FAILED, reason=reason, seconds=ended.seconds)
 
 

@@ -10,6 +10,7 @@ A build runs in a process of its own, so that every trial is measured in one tha
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import math
 import os
@@ -89,6 +90,9 @@ def sorted_by_fault(error: BaseException) -> Measurement:
         return Measurement(outcome=Outcome.INFEASIBLE, reason=text)
     if isinstance(error, MemoryError) or (not isinstance(error, AutotuneError) and any(word in text.lower() for word in MEMORY_WORDS)):
         return Measurement(outcome=Outcome.INFEASIBLE, reason=f"out of memory under these settings: {text}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" for {error.filename}" if error.filename else ""
+        return Measurement(outcome=Outcome.FAILED, reason=f"no room left on the disk{where}; free some space, nothing finished was lost")
     if isinstance(error, AutotuneError):
         return Measurement(outcome=Outcome.FAILED, reason=text)
     return Measurement(outcome=Outcome.FAILED, reason=f"{type(error).__name__}: {text}")
@@ -116,8 +120,12 @@ def _recorded(path: Path, work: Any) -> int:
         measurement, extra = sorted_by_fault(error), {}
     finished = time.time()
     result = {**asdict(measurement), "seconds": finished - started, "started": started, "finished": finished, **extra}
-    write_json(path, result)
     print(f"{measurement.outcome}: {measurement.reason or 'see result.json'}", flush=True)
+    try:
+        write_json(path, result)
+    except OSError as error:
+        print(f"{path} cannot be written: {error.strerror}; free some space and run the trial again", flush=True)
+        return 1
     return 1 if measurement.outcome is Outcome.FAILED else 0
 
 
