@@ -63,6 +63,10 @@ class MeasureConfig:
     """Requests in flight in the closed loop."""
     window_repeats: int = 2
     """How often a disturbed window is repeated before the trial fails."""
+    foreign_share: float = 0.25
+    """Most of the machine's CPU that other processes may take during a window."""
+    late_limit_ms: float = 2.0
+    """Most lateness (p99) of the load generator in a window that counts."""
 
     def __post_init__(self) -> None:
         if not 0 < self.load < 1:
@@ -168,6 +172,8 @@ class TuneConfig:
     """Knobs pinned to one value (+settings.engine.threads=1), out of the search."""
     checkpoint: str = ""
     """Folder of a trained checkpoint; empty means train one (or reuse the one trained with the same settings)."""
+    inputs: str = ""
+    """Folder of request files made elsewhere (see `workload`), for traffic of your own; needs `checkpoint`. Empty means draw them from the data."""
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     goal: GoalConfig = field(default_factory=GoalConfig)

@@ -119,8 +119,8 @@ class StudyRecord:
     skipped: Mapping[str, str]
     """Engine -> why it was left out."""
     heads: tuple[str, ...]
-    key: str = ""
-    """Digest of everything that must not change between a start and a resume."""
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    """The configuration that must not change between a start and a resume, flattened."""
 
 
 @dataclass(frozen=True, kw_only=True)

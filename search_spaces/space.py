@@ -177,6 +177,19 @@ class Space:
                 unique.append(point)
         return unique
 
+    def without(self, name: str, option: Value) -> Space:
+        """The space less one option of a choice, and the presets that need it. Raises UserError where nothing is left."""
+
+        def cut(knob: Knob) -> Knob:
+            if knob.name != name or not isinstance(knob, Choice):
+                return knob
+            return replace(knob, options=tuple(o for o in knob.options if o != option))
+
+        if option in (self.pinned.get(name), self.defaults.get(name)):
+            raise UserError(f"{self.backend} cannot do without {name}={option}, which is its default or was pinned")
+        nodes = tuple(When(knob=n.knob, values=n.values, then=tuple(map(cut, n.then))) if isinstance(n, When) else cut(n) for n in self.nodes)
+        return replace(self, nodes=nodes, presets=tuple(preset for preset in self.presets if preset.get(name) != option))
+
     def reachable(self, name: str) -> tuple[Value, ...]:
         """Values a choice can still take: what has to be prepared before the search. Empty when the knob does not exist."""
         if name in self.pinned:

@@ -114,6 +114,14 @@ def test_a_pin_out_of_range_names_the_legal_values(settings: dict[str, Value], m
         pin({"engine": engine()}, settings)
 
 
+def test_an_option_that_cannot_be_made_is_taken_away() -> None:
+    space = engine(presets=({"build.precision": "int8"}, {"serve.wait": 0.0})).without("build.precision", "int8")
+    assert space.reachable("build.precision") == ("fp32",)
+    assert space.presets == ({"serve.wait": 0.0},)
+    with pytest.raises(UserError, match=r"cannot do without build\.precision=fp32"):
+        space.without("build.precision", "fp32")
+
+
 def test_true_is_not_one() -> None:
     assert not Int(name="engine.n", low=0, high=1, why="x").allows(True)
     assert not Choice(name="engine.n", options=(1,), why="x").allows(True)

@@ -1,0 +1,363 @@
+"""The search: Optuna behind ask and tell, over a conditional space of engines and their settings.
+
+Trial folders are the truth, `study.db` is the sampler's memory of them: what is missing there is told again when a study is opened,
+so a `kill -9` at any moment loses no finished trial. How outcomes reach the sampler (read in Optuna 5's own TPE code):
+
+- MEASURED is COMPLETE with the objectives' figures and one constraint a bound. TPE sorts trials with a positive constraint after all
+  feasible ones, by the sum of what is exceeded.
+- INFEASIBLE is PRUNED with one constraint of INFEASIBLE_EXCESS and no value. TPE looks at the constraints before the state and never at
+  a value of such a trial, so none is made up; it sorts after every measured point.
+- FAILED is FAIL, which no sampler reads.
+
+Left out: running trials (`launcher`), and what a goal means (`goals`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from pipeline import goals
+from pipeline.config import StudyConfig
+from pipeline.contracts import Goal, Measurement, Outcome, Settings
+from pipeline.environment import differences
+from pipeline.errors import UserError
+from pipeline.records import TrialRecord, read_json, write_json
+from search_spaces.common import SERVE
+from search_spaces.space import Choice, Int, Knob, Space, Value
+
+INFEASIBLE_EXCESS = 1e6
+"""Stands for 'refused': beyond any measured excess, which is a share of its limit."""
+STARTUP_TRIALS = 6
+"""Observations before TPE takes over from uniform draws; the baseline and the presets are among them."""
+DUPLICATES = 20
+"""Repeats in a row taken from the sampler before a new point is drawn at random."""
+RANDOM_DRAWS = 500
+"""Random points tried before the space counts as used up."""
+BACKEND = "backend"
+SEARCH_ROLES = ("preset", "sampled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What to measure next."""
+
+    number: int
+    """Of its trial folder."""
+    role: str
+    backend: str
+    settings: dict[str, Value]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the study's lock. Raises UserError where another process has it; it falls with its process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            holder = stream.read().strip() or "unknown"
+            raise UserError(
+                f"study '{folder.name}' is being run by process {holder}; wait for it, or take another name with study.name=..."
+            ) from error
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+def check_resume(
+    folder: Path, resume: str, then: tuple[Mapping[str, str], Mapping[str, str]] | None, now: tuple[Mapping[str, str], Mapping[str, str]]
+) -> None:
+    """Refuse to mix figures of two machines or two configurations. `then` and `now` are (environment, fixed configuration) or None for a new study.
+
+    Raises UserError naming what changed unless `resume` is "force".
+    """
+    if then is None:
+        return
+    if resume == "never":
+        raise UserError(f"{folder} holds a study already; choose another study.name, remove the folder, or set study.resume=auto to go on")
+    changed = [*differences(then[0], now[0]), *differences(then[1], now[1])]
+    if changed and resume != "force":
+        raise UserError(
+            f"study '{folder.name}' cannot go on, because figures from before and after would not compare:\n  "
+            + "\n  ".join(changed)
+            + "\nchange it back, choose another study.name, or set study.resume=force to mix them all the same"
+        )
+
+
+class Search:
+    """One study's search, opened once its baseline is measured. One process at a time (`alone`)."""
+
+    def __init__(self, folder: Path, spaces: Mapping[str, Space], goal: Goal, config: StudyConfig, trials: Sequence[TrialRecord]) -> None:
+        """`goal` is resolved; `trials` are the folders there are, the baseline first and measured."""
+        self._folder, self._spaces, self._goal, self._config = folder, dict(spaces), goal, config
+        self._records = {record.number: record for record in trials}
+        self._failed: list[bool] = []
+        self._asked: tuple[Point, Trial] | None = None
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        # A changed space (study.resume=force) gets a sampler memory of its own, filled from the folders.
+        self._study = optuna.create_study(
+            storage=f"sqlite:///{folder.resolve() / 'study.db'}",
+            study_name=f"{config.name} {_identity(self._spaces, goal)}",
+            directions=["maximize" if objective.maximize else "minimize" for objective in goal.objectives],
+            load_if_exists=True,
+        )
+        self._study.sampler = self._sampler()
+        self._catch_up()
+
+    def ask(self) -> Point | None:
+        """The next point nobody has measured: what was interrupted, then presets, then the sampler's. None when there is none left.
+
+        A point that is known already is told again from its record instead, so the sampler learns that it is not new.
+        """
+        for attempt in range(DUPLICATES + 1):
+            if attempt == DUPLICATES and not self._enqueue_anything_new():
+                return None
+            trial = self._study.ask()
+            backend, settings = self._suggest(trial)
+            known = self._known(backend, settings)
+            if known is None:
+                number = trial.user_attrs.get("number")
+                point = Point(
+                    number=self._next_number() if number is None else number,
+                    role=trial.user_attrs.get("role", "sampled"),
+                    backend=backend,
+                    settings=settings,
+                )
+                trial.set_user_attr("number", point.number)
+                trial.set_user_attr("role", point.role)
+                self._asked = point, trial
+                return point
+            assert known.measurement is not None
+            self._pass_on(trial, known.measurement)
+        return None
+
+    def tell(self, record: TrialRecord) -> TrialRecord:
+        """Take in what came of the point last asked for. Returns the record, which is FAILED where a figure the goal needs is missing."""
+        assert self._asked is not None, "tell comes after ask"
+        assert record.measurement is not None, "only finished trials are told"
+        point, trial = self._asked
+        assert point.number == record.number
+        self._asked = None
+        record = complete(record, self._goal)
+        assert record.measurement is not None
+        self._records[record.number] = record
+        self._failed.append(record.outcome is Outcome.FAILED)
+        self._pass_on(trial, record.measurement)
+        return record
+
+    def stop_reason(self) -> str:
+        """Why to stop because of failures of ours or the machine's, of this run alone; empty to go on."""
+        row = next((i for i, failed in enumerate(reversed(self._failed)) if not failed), len(self._failed))
+        total, limit = sum(self._failed), self._config.max_failed_in_row
+        if row >= limit:
+            return f"the last {row} trials failed, and not through their settings; see log.txt in their folders under {self._folder / 'trials'}"
+        # Fewer failures than that may be chance, whatever their share.
+        if total >= limit and total > self._config.max_failed_share * len(self._failed):
+            return f"{total} of {len(self._failed)} trials failed, and not through their settings; see their log.txt under {self._folder / 'trials'}"
+        return ""
+
+    @property
+    def done(self) -> int:
+        """Finished points of the search, the baseline and its repeats not counted."""
+        return sum(record.outcome is not None and record.order.role in SEARCH_ROLES for record in self._records.values())
+
+    def ranked(self) -> list[TrialRecord]:
+        """Feasible points that beat the baseline's figures, or any figures of a baseline that breaks a bound; best first."""
+        baseline = self._records[0].metrics
+        least = 1.0 if goals.feasible(self._goal, baseline) else 0.0
+        found = [r for r in self._records.values() if r.order.role in SEARCH_ROLES and r.outcome is Outcome.MEASURED]
+        found = [r for r in found if goals.feasible(self._goal, r.metrics) and goals.improvement(self._goal, r.metrics, baseline) > least]
+        return sorted(found, key=lambda r: -goals.improvement(self._goal, r.metrics, baseline))
+
+    def front(self) -> tuple[int, ...]:
+        """Numbers of the feasible trials, the baseline among them, that none other beats in every objective."""
+        roles = ("baseline", *SEARCH_ROLES)
+        measured = {n: r.metrics for n, r in self._records.items() if r.order.role in roles and r.outcome is Outcome.MEASURED}
+        return goals.pareto(self._goal, {n: m for n, m in measured.items() if n == 0 or goals.feasible(self._goal, m)})
+
+    def _sampler(self) -> optuna.samplers.BaseSampler:
+        # Not the bare seed: a resumed study would draw its first points again.
+        seed = (self._config.seed * 1_000_003 + len(self._study.get_trials(deepcopy=False))) % 2**32
+        if self._config.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=STARTUP_TRIALS)
+
+    def _catch_up(self) -> None:
+        """Bring the sampler's memory in line with the folders, whatever moment the last run was cut off at."""
+        lost: list[FrozenTrial] = []
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            lost.append(trial)
+        past = self._study.get_trials(deepcopy=False)
+        told = {t.user_attrs.get("number") for t in past if t.state in (TrialState.COMPLETE, TrialState.PRUNED)}
+        queued = {t.user_attrs.get("number") for t in past if t.state == TrialState.WAITING}
+        for number, record in sorted(self._records.items()):
+            role = record.order.role
+            if role not in ("baseline", *SEARCH_ROLES) or number in told or number in queued:
+                continue
+            if record.measurement is None:
+                self._enqueue(record.order.backend, record.order.settings, {"number": number, "role": role})
+            elif record.outcome is not Outcome.FAILED:
+                self._add(complete(record, self._goal))
+        for trial in lost:  # asked for, but the folder was not written yet
+            if trial.user_attrs.get("number") not in self._records and BACKEND in trial.params:
+                self._study.enqueue_trial(trial.params, user_attrs={"role": trial.user_attrs.get("role", "sampled")})
+        if not any(t.user_attrs.get("role") == "preset" for t in past):
+            for backend, settings in self._presets():
+                self._enqueue(backend, settings, {"role": "preset"})
+
+    def _presets(self) -> Iterator[tuple[str, Settings]]:
+        """The first idea of every engine before the second of any, so that a short search has seen them all."""
+        ideas = [[(name, point) for point in space.points()] for name, space in self._spaces.items()]
+        for rank in range(max(map(len, ideas))):
+            for one in ideas:
+                if rank < len(one) and self._known(*one[rank]) is None:
+                    yield one[rank]
+
+    def _suggest(self, trial: Trial) -> tuple[str, dict[str, Value]]:
+        backend = str(trial.suggest_categorical(BACKEND, tuple(self._spaces)))
+
+        def pick(knob: Knob) -> Value:
+            name = _name(backend, knob)
+            if isinstance(knob, Choice):
+                return cast(Value, trial.suggest_categorical(name, knob.options))
+            if isinstance(knob, Int):
+                return trial.suggest_int(name, knob.low, knob.high, step=knob.step, log=knob.log)
+            return trial.suggest_float(name, knob.low, knob.high, step=knob.step, log=knob.log)
+
+        return backend, self._spaces[backend].draw(pick)
+
+    def _pass_on(self, trial: Trial, measurement: Measurement) -> None:
+        """Tell Optuna, as the module's docstring says."""
+        for name, value in self._constraints(measurement).items():
+            trial.set_constraint(name, value)
+        if measurement.outcome is Outcome.MEASURED:
+            self._study.tell(trial, goals.values(self._goal, measurement.metrics))
+        else:
+            self._study.tell(trial, state=TrialState.PRUNED if measurement.outcome is Outcome.INFEASIBLE else TrialState.FAIL)
+
+    def _constraints(self, measurement: Measurement) -> dict[str, float]:
+        if measurement.outcome is Outcome.INFEASIBLE:
+            return {"refused": INFEASIBLE_EXCESS}
+        return goals.excess(self._goal, measurement.metrics) if measurement.outcome is Outcome.MEASURED else {}
+
+    def _add(self, record: TrialRecord) -> None:
+        """Tell a finished trial that Optuna never asked for, or forgot."""
+        params = self._params(record.order.backend, record.order.settings)
+        if params is None or record.measurement is None:
+            return
+        measured = record.outcome is Outcome.MEASURED
+        trial = optuna.trial.create_trial(
+            state=TrialState.COMPLETE if measured else TrialState.PRUNED,
+            params={name: value for name, (value, _) in params.items()},
+            distributions={name: distribution for name, (_, distribution) in params.items()},
+            values=goals.values(self._goal, record.metrics) if measured else None,
+            user_attrs={"number": record.number, "role": record.order.role},
+        )
+        for name, value in self._constraints(record.measurement).items():
+            trial.set_constraint(name, value)
+        self._study.add_trial(trial)
+
+    def _enqueue(self, backend: str, settings: Settings, attributes: dict[str, Any]) -> None:
+        params = self._params(backend, settings)
+        if params is not None:
+            self._study.enqueue_trial({name: value for name, (value, _) in params.items()}, user_attrs=attributes)
+
+    def _params(self, backend: str, settings: Settings) -> dict[str, tuple[Value, BaseDistribution]] | None:
+        """Optuna's view of a point; None where it lies outside the space of now."""
+        space = self._spaces.get(backend)
+        if space is None:
+            return None
+        params: dict[str, tuple[Value, BaseDistribution]] = {BACKEND: (backend, CategoricalDistribution(tuple(self._spaces)))}
+        outside = False
+
+        def pick(knob: Knob) -> Value:
+            nonlocal outside
+            value: Value = settings.get(knob.name, "")
+            if not knob.allows(value):
+                outside = True
+                return knob.options[0] if isinstance(knob, Choice) else knob.low
+            params[_name(backend, knob)] = value, _distribution(knob)
+            return value
+
+        point = space.draw(pick)
+        return None if outside or point != dict(settings) else params
+
+    def _known(self, backend: str, settings: Settings) -> TrialRecord | None:
+        """A record of that very point that the sampler may learn from."""
+        for record in self._records.values():
+            same = record.order.backend == backend and dict(record.order.settings) == dict(settings)
+            if same and record.outcome in (Outcome.MEASURED, Outcome.INFEASIBLE) and record.order.role != "noise":
+                return record
+        return None
+
+    def _enqueue_anything_new(self) -> bool:
+        rng = random.Random(len(self._study.get_trials(deepcopy=False)))
+        for _ in range(RANDOM_DRAWS):
+            backend = rng.choice(tuple(self._spaces))
+            settings = self._spaces[backend].draw(lambda knob: _anything(rng, knob))
+            if self._known(backend, settings) is None:
+                self._enqueue(backend, settings, {"role": "sampled"})
+                return True
+        return False
+
+    def _next_number(self) -> int:
+        return max(self._records, default=-1) + 1
+
+
+def complete(record: TrialRecord, goal: Goal) -> TrialRecord:
+    """The record itself; or FAILED, also on disk, where a measured trial lacks a figure that the goal needs."""
+    measurement = record.measurement
+    if measurement is None or measurement.outcome is not Outcome.MEASURED or not (lacking := goals.missing(goal, measurement.metrics)):
+        return record
+    reason = f"measured, but without a finite figure for {', '.join(lacking)}, which the goal needs"
+    failed = replace(measurement, outcome=Outcome.FAILED, reason=reason)
+    write_json(record.folder / "result.json", {**read_json(record.folder / "result.json"), "outcome": failed.outcome, "reason": reason})
+    return replace(record, measurement=failed)
+
+
+def _identity(spaces: Mapping[str, Space], goal: Goal) -> str:
+    """Tells spaces and goals apart; Optuna cannot mix two in one study."""
+    text = json.dumps([[repr(space) for space in spaces.values()], repr(goal.objectives)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _name(backend: str, knob: Knob) -> str:
+    """Optuna's name of a knob: what the batcher's knobs do is learnt across engines, all else is the engine's own."""
+    return knob.name if knob in SERVE else f"{backend}:{knob.name}"
+
+
+def _distribution(knob: Knob) -> BaseDistribution:
+    if isinstance(knob, Choice):
+        return CategoricalDistribution(knob.options)
+    if isinstance(knob, Int):
+        return IntDistribution(knob.low, knob.high, log=knob.log, step=knob.step)
+    return FloatDistribution(knob.low, knob.high, log=knob.log, step=knob.step)
+
+
+def _anything(rng: random.Random, knob: Knob) -> Value:
+    if isinstance(knob, Choice):
+        return rng.choice(knob.options)
+    if isinstance(knob, Int):
+        return rng.randrange(knob.low, knob.high + 1, knob.step)
+    if knob.step is not None:
+        return knob.low + knob.step * rng.randint(0, int((knob.high - knob.low) / knob.step))
+    return rng.uniform(knob.low, knob.high)

@@ -1,0 +1,438 @@
+"""The story of a study: engines, data, training, requests, quantisation, baseline, search, confirmation, publication.
+
+Every stage leaves its result on disk before the next one starts, so the same command goes on after any interruption. Children do the
+heavy work; nothing here imports an engine or the model. Ctrl-C during the search ends the search, not the study: what was found so far
+is confirmed and published.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from pipeline import artifact, confirm, goals, report, stages, study
+from pipeline.config import TuneConfig
+from pipeline.contracts import Goal, Measurement, Outcome, Settings
+from pipeline.environment import fingerprint
+from pipeline.errors import AutotuneError, MachineError, UserError
+from pipeline.launcher import LocalLauncher
+from pipeline.records import (
+    Decision,
+    Order,
+    StudyRecord,
+    TrialRecord,
+    read_decision,
+    read_json,
+    read_study,
+    read_trial,
+    write_decision,
+    write_json,
+    write_order,
+    write_study,
+)
+from pipeline.runner import run_child, tail
+from pipeline.terminal import Progress, View, last_line, result_table
+from pipeline.tracking import Tracker
+from search_spaces.space import Space, pin
+
+STAGES = ("engines", "data", "training", "requests", "quantisation", "baseline", "search", "confirmation", "publication")
+FREE = (
+    "study.trials",
+    "study.minutes",
+    "study.resume",
+    "study.name",
+    "study.confirm_pairs",
+    "study.noise_windows",
+    "study.max_",
+    "tracking.",
+    "paths.",
+)
+"""Configuration that may change between a start and a resume; all else would mix figures that do not compare."""
+ENGINES_S = 60.0
+"""Deadline of the question which engines this machine can run."""
+RETRIES = 2
+"""Attempts at a window of the baseline or of a confirmation that failed through no fault of its settings."""
+PUBLISH_S = 15.0
+"""Rough time of report, artifact and MLflow, for the time left."""
+
+
+class Launcher(Protocol):
+    """Where trials run; `launcher.LocalLauncher` is one."""
+
+    def trial(self, folder: Path, python: str = "") -> Measurement:
+        """Run the trial whose candidate.json lies in `folder`. Never raises for what the trial does."""
+
+
+def tune(
+    config: TuneConfig,
+    text: str,
+    *,
+    spaces: Mapping[str, Space] | None = None,
+    launcher: Launcher | None = None,
+    console: Console | None = None,
+) -> int:
+    """Run or resume a study; returns the exit code.
+
+    `text` is the configuration as YAML. `spaces` replaces our own search spaces, `launcher` the one that runs trials on this machine.
+    """
+    folder = Path(config.paths.runs) / config.study.name
+    with study.alone(folder), View(STAGES, console) as view:
+        run = _Run(config=config, folder=folder.resolve(), view=view, launcher=launcher or _local(config, view))
+        with view.stage("engines"):
+            run.choose_engines(spaces)
+        with view.stage("data"):
+            run.begin(text)
+            prepared = None if config.checkpoint and config.inputs else stages.prepare(config, view.line)
+        with view.stage("training"):
+            run.checkpoint = stages.train(config, prepared, view.line)
+            run.describe(prepared)
+        with view.stage("requests"):
+            run.inputs = stages.requests(config, prepared, run.checkpoint, view.line)
+        with view.stage("quantisation"):
+            run.quantise()
+        with view.stage("baseline"):
+            baseline = run.baseline()
+        with view.stage("search"):
+            search, trouble = run.search(baseline)
+        with view.stage("confirmation"):
+            decision = run.confirm(search, baseline)
+        with view.stage("publication"):
+            shipped = run.publish(decision)
+    run.farewell(decision, shipped)
+    return 1 if trouble else 0
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """One run of one study: the configuration and what the stages have found so far."""
+
+    config: TuneConfig
+    folder: Path
+    view: View
+    launcher: Launcher
+    spaces: Mapping[str, Space] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    checkpoint: stages.Checkpoint | None = None
+    inputs: Path = Path()
+    quantised: dict[str, Path] = field(default_factory=dict)
+    goal: Goal | None = None
+    record: StudyRecord | None = None
+    rate_rps: float = 0.0
+    tracker: Tracker | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    # -- before the search
+
+    def choose_engines(self, given: Mapping[str, Space] | None) -> None:
+        """Keep the engines this machine can run and the pinned settings allow; remember why not the others."""
+        wanted = tuple(self.config.backends)
+        found = _unavailable(self.folder / "engines", Path(self.config.paths.runs))
+        self.skipped = {name: found.get(name, "there is no engine of this name") for name in wanted if found.get(name, "unknown")}
+        usable = tuple(name for name in wanted if name not in self.skipped)
+        for name, reason in self.skipped.items():
+            self.view.say(f"engine {name} is skipped: {reason}")
+        if not usable:
+            raise UserError(f"none of the engines {', '.join(wanted)} can run here; `python -m pipeline doctor` says what is missing")
+        spaces = pin({name: given[name] for name in usable}, self.config.settings) if given else stages.spaces(self.config, usable)
+        self.skipped |= {name: "it does not take the pinned settings" for name in usable if name not in spaces}
+        self.spaces = spaces
+
+    def begin(self, text: str) -> None:
+        """Check that what lies in the folder may be continued, and start tracking."""
+        then = read_study(self.folder).record if (self.folder / "study.json").exists() else None
+        now = dict(fingerprint()), self._fixed()
+        study.check_resume(self.folder, self.config.study.resume, (then.environment, then.fixed) if then else None, now)
+        self.record = then
+        _write_text(self.folder / "config.yaml", text)
+        if self.config.tracking.enabled:
+            self.tracker = Tracker(self.config.tracking.uri, self.config.tracking.experiment, self.view.say)
+
+    def describe(self, prepared: stages.Prepared | None) -> None:
+        """Write study.json, as soon as the goal can be checked against the heads there are."""
+        assert self.checkpoint is not None
+        self.goal = goals.goal_from(self.config.goal, self.checkpoint.heads)
+        metrics = dict(self.checkpoint.metrics)
+        test = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
+        self.record = StudyRecord(
+            name=self.config.study.name,
+            created=self.record.created if self.record else time.time(),
+            goal=self.goal,
+            rate_rps=self.record.rate_rps if self.record else 0.0,
+            command=self.config.command,
+            environment=fingerprint(),
+            data=prepared.summary if prepared else {"name": self.config.inputs},
+            model=self.checkpoint.model,
+            training={"metrics": metrics, "rows": [{"name": "MTGR", "metrics": test, "intervals": {}}]} if metrics else {},
+            skipped=self.skipped,
+            heads=self.checkpoint.heads,
+            fixed=self._fixed(),
+        )
+        write_study(self.folder, self.record)
+        if self.tracker:
+            self.tracker.start_study(self.folder)
+
+    def quantise(self) -> None:
+        """A checkpoint for every recipe the search can reach; a recipe that cannot be made leaves the search, and the table says so."""
+        assert self.checkpoint is not None
+        for recipe in stages.recipes(self.spaces):
+            try:
+                self.quantised[recipe] = stages.quantise(self.config, recipe, self.checkpoint, self.inputs, self.view.line)
+            except UserError:
+                raise
+            except AutotuneError as error:
+                self.view.say(f"recipe {recipe} is left out: {error}")
+                self.skipped[f"recipe {recipe}"] = str(error)
+                holding = {name for name, space in self.spaces.items() if recipe in space.reachable(stages.RECIPE)}
+                self.spaces = {name: s.without(stages.RECIPE, recipe) if name in holding else s for name, s in self.spaces.items()}
+
+    # -- the search
+
+    def baseline(self) -> list[TrialRecord]:
+        """The first engine with its own defaults, then the same again: the noise floor. Also sets the offered load."""
+        backend, space = next(iter(self.spaces.items()))
+        windows: list[TrialRecord] = []
+        for number in range(1 + self.config.study.noise_windows):
+            role = "noise" if number else "baseline"
+            record = self._insist(self.folder / "trials" / f"{number:04d}", self._order(number, role, backend, space.point({})), must=not number)
+            if record.outcome is Outcome.MEASURED:
+                windows.append(record)
+            if not number:
+                self.rate_rps = self.config.measure.rate_rps or self.config.measure.load * record.metrics["throughput_rps/peak"]
+        assert self.record is not None
+        self.record = replace(self.record, rate_rps=self.rate_rps, skipped=self.skipped)
+        write_study(self.folder, self.record)
+        return windows
+
+    def search(self, baseline: list[TrialRecord]) -> tuple[study.Search, str]:
+        """Ask, run, tell, until the budget is spent, nothing is left, too much failed, or the user has seen enough. Returns why it broke off."""
+        assert self.goal is not None
+        resolved, config = goals.resolve(self.goal, baseline[0].metrics), self.config.study
+        search = study.Search(self.folder, self.spaces, resolved, config, read_study(self.folder).trials)
+        began, trouble = time.monotonic(), ""
+        try:
+            while search.done < config.trials and not trouble and not self._out_of_time(search, began):
+                self.view.search(self._progress(search, baseline[0]))
+                point = search.ask()
+                if point is None:
+                    self.view.say("every point of the search space has been measured")
+                    break
+                order = self._order(point.number, point.role, point.backend, point.settings)
+                record = search.tell(self._trial(self.folder / "trials" / f"{point.number:04d}", order))
+                self._track(record)
+                self.view.say(_trial_line(record, resolved, baseline[0]))
+                trouble = search.stop_reason()
+        except KeyboardInterrupt:
+            self.view.say("the search was stopped; confirming the best so far (once more to leave at once, the same command goes on later)")
+        self.view.search(self._progress(search, baseline[0]))
+        if trouble:
+            self.view.say(f"the search was stopped: {trouble}")
+        return search, trouble
+
+    # -- after the search
+
+    def confirm(self, search: study.Search, baseline: list[TrialRecord]) -> Decision:
+        """The decision: the one on disk where nothing was added since, or a new one."""
+        assert self.goal is not None
+        ranked, front = search.ranked(), search.front()
+        old, state = read_decision(self.folder), {"done": search.done, "pairs": self.config.study.confirm_pairs}
+        if old is not None and _state(self.folder) == state:
+            return old
+        (self.folder / "decision.json").unlink(missing_ok=True)
+        decision = confirm.confirm(self.goal, baseline, ranked, front, self.config.study.confirm_pairs, self._confirmation, self.config.study.seed)
+        write_json(self.folder / "confirm" / "state.json", state)
+        write_decision(self.folder, decision)
+        return decision
+
+    def publish(self, decision: Decision) -> Path:
+        """Artifact, report, MLflow, in the order of what must not be lost."""
+        shipped = artifact.write(self.folder, self.folder / "artifact")
+        written = Path(self.config.paths.reports) / self.config.study.name
+        report.write(self.folder, written)
+        if self.tracker:
+            self.tracker.finish(self.folder, written, shipped)
+        return shipped
+
+    def farewell(self, decision: Decision, shipped: Path) -> None:
+        """The table, where to look, and the last line."""
+        trials = {record.number: record for record in read_study(self.folder).trials}
+        base = trials[0].order
+        names = {"baseline": f"{base.backend}, its defaults"}
+        if decision.candidate is not None and decision.winner_figure:
+            order = trials[decision.candidate].order
+            names["winner"] = _point(order.backend, order.settings, base.settings)
+        self.view.table(result_table(decision, names))
+        self.view.say(f"{decision.outcome.replace('_', ' ')}: {decision.reason}")
+        self.view.say(f"report: {Path(self.config.paths.reports) / self.config.study.name / 'index.html'}")
+        if self.tracker:
+            self.view.say("every trial in MLflow: make ui")
+        self.view.say(last_line(decision, _short(shipped)))
+
+    # -- single trials
+
+    def _order(self, number: int, role: str, backend: str, settings: Settings) -> Order:
+        assert self.checkpoint is not None
+        config, recipe = self.config, str(settings.get(stages.RECIPE, stages.PLAIN))
+        confirming = role == "confirm"
+        return Order(
+            number=number,
+            role=role,
+            backend=backend,
+            settings=dict(settings),
+            checkpoint=str(self.quantised.get(recipe, self.checkpoint.folder)),
+            inputs=str(self.inputs),
+            cache=str(Path(config.paths.cache).resolve()),
+            measure={
+                **asdict(config.measure),
+                "rate_rps": self.rate_rps or config.measure.rate_rps,
+                "workload": "confirm_workload.npz" if confirming else "workload.npz",
+            },
+            seed=config.workload.seed + confirming,
+            python=str((config.backends.get(backend) or {}).get("python", "")),
+        )
+
+    def _trial(self, folder: Path, order: Order) -> TrialRecord:
+        """Run one trial; its folder is whole afterwards, whatever happened to the child."""
+        shutil.rmtree(folder, ignore_errors=True)
+        write_order(folder, order)
+        config, started = self.config.study, time.time()
+        launcher = LocalLauncher(cache=Path(order.cache), deadline_s=config.deadline_s, memory_mib=config.memory_mib or None, on_line=self.view.line)
+        measurement = launcher.trial(folder, order.python)
+        if read_trial(folder).measurement != measurement:
+            write_json(folder / "result.json", {**asdict(measurement), "started": started, "finished": time.time()})
+        return read_trial(folder)
+
+    def _insist(self, folder: Path, order: Order, must: bool = False) -> TrialRecord:
+        """The trial in the folder if it was measured to this very order; else run it, again where it failed. `must`: raise when it cannot be."""
+        with suppress(UserError):
+            before = read_trial(folder)
+            if before.outcome is Outcome.MEASURED and _same(before.order, order):
+                return before
+        for _ in range(RETRIES):
+            record = self._trial(folder, order)
+            if record.outcome is not Outcome.FAILED:
+                break
+        self._track(record)
+        if must:
+            record = study.complete(record, self.goal) if self.goal else record
+        if must and record.outcome is not Outcome.MEASURED:
+            assert record.measurement is not None
+            kind = UserError if record.outcome is Outcome.INFEASIBLE else MachineError
+            raise kind(f"the baseline ({order.backend} with its defaults) cannot be measured: {record.measurement.reason} (see {folder / 'log.txt'})")
+        return record
+
+    def _confirmation(self, index: int, trial: TrialRecord) -> TrialRecord:
+        order = self._order(trial.number, "confirm", trial.order.backend, trial.order.settings)
+        return self._insist(self.folder / "confirm" / f"{index:02d}", order)
+
+    def _track(self, record: TrialRecord) -> None:
+        if self.tracker:
+            self.tracker.log_trial(record.folder)
+
+    # -- what to say
+
+    def _progress(self, search: study.Search, baseline: TrialRecord) -> Progress:
+        assert self.goal is not None
+        resolved = goals.resolve(self.goal, baseline.metrics)
+        records = [r for r in read_study(self.folder).trials if r.order.role in study.SEARCH_ROLES]
+        kinds = [r.outcome for r in records]
+        feasible = sum(r.outcome is Outcome.MEASURED and goals.feasible(resolved, r.metrics) for r in records)
+        seconds = [r.finished - r.started for r in (*records, baseline) if r.finished]
+        each, ranked = sum(seconds) / max(1, len(seconds)), search.ranked()
+        left = max(0, self.config.study.trials - search.done)
+        return Progress(
+            done=search.done,
+            total=self.config.study.trials,
+            feasible=feasible,
+            broken=kinds.count(Outcome.MEASURED) - feasible,
+            refused=kinds.count(Outcome.INFEASIBLE),
+            failed=kinds.count(Outcome.FAILED),
+            best=_trial_line(ranked[0], resolved, baseline) if ranked else "the baseline",
+            eta_s=each * (left + 2 * self.config.study.confirm_pairs) + PUBLISH_S if each else math.inf,
+        )
+
+    def _out_of_time(self, search: study.Search, began: float) -> bool:
+        if not self.config.study.minutes or time.monotonic() - began < 60 * self.config.study.minutes:
+            return False
+        self.view.say(f"the search's {self.config.study.minutes:g} minutes are over after {search.done} trials")
+        return True
+
+    def _fixed(self) -> dict[str, str]:
+        tree = {name: value for name, value in asdict(self.config).items() if name != "command"}
+        flat = {name: value for name, value in _flat(tree).items() if not name.startswith(FREE)}
+        return {**flat, "engines": ", ".join(self.spaces)}
+
+
+def _local(config: TuneConfig, view: View) -> LocalLauncher:
+    limits = config.study
+    cache = Path(config.paths.cache).resolve()
+    return LocalLauncher(cache=cache, deadline_s=limits.deadline_s, memory_mib=limits.memory_mib or None, on_line=view.line)
+
+
+def _unavailable(folder: Path, runs: Path) -> dict[str, str]:
+    """Engine -> why this machine cannot run it, empty when it can; asked in a child, because only children may import engines."""
+    ended = run_child(["pipeline.doctor", str(runs)], folder, ENGINES_S)
+    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    if ended.returncode or not lines:
+        raise MachineError(f"the engines could not be listed (`python -m pipeline doctor`): {tail(folder)}")
+    findings = json.loads(lines[-1])
+    prefix = "engine "
+    return {f["name"].removeprefix(prefix): "" if f["ok"] else f["detail"] for f in findings if f["name"].startswith(prefix)}
+
+
+def _same(one: Order, other: Order) -> bool:
+    """Whether a trial answers an order; the folders of a confirmation are used by whichever candidate comes to it."""
+    return one == other
+
+
+def _trial_line(record: TrialRecord, goal: Goal, baseline: TrialRecord) -> str:
+    assert record.measurement is not None
+    head = f"trial {record.number:04d} {_point(record.order.backend, record.order.settings, baseline.order.settings)}"
+    if record.outcome is not Outcome.MEASURED:
+        reason = record.measurement.reason.strip().splitlines()
+        return f"{head}: {record.outcome}, {reason[0][:160] if reason else 'no reason given'}"
+    figures = ", ".join(f"{o.metric} {record.metrics[o.metric]:.4g}" for o in goal.objectives)
+    broken = [name for name, excess in goals.excess(goal, record.metrics).items() if excess > 0]
+    verdict = f"beyond {'; '.join(broken)}" if broken else f"x{goals.improvement(goal, record.metrics, baseline.metrics):.3f}"
+    return f"{head}: {figures}, {verdict}"
+
+
+def _point(backend: str, settings: Settings, base: Settings) -> str:
+    """An engine and, in words, what of its settings differs from the baseline's."""
+    shown = {name.partition(".")[2]: value for name, value in settings.items() if base.get(name) != value}
+    return " ".join([backend, *(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items())])
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "confirm" / "state.json")
+    except UserError:
+        return {}
+
+
+def _short(path: Path) -> str:
+    """Relative to where the user stands, if below."""
+    with suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": str(value)}
+    return flat
