@@ -1,7 +1,8 @@
 """The network as one `torch.export` program, in which the counts of requests, events, candidates and tokens and both padded lengths may change.
 
 A size of 0 or 1 among the examples would be baked in, so the example has two of everything and more; the program then takes an empty
-history and a single request all the same, which a test proves. Compiling it is an engine's affair; ONNX has its own door, `export`.
+history and a single request all the same, which a test proves. Only a padded length of 1 it refuses. Compiling it is an engine's affair;
+ONNX has its own door, `export`.
 """
 
 from __future__ import annotations

@@ -16,14 +16,12 @@ from time import monotonic
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.backends.knobs import ALIGN
 from pipeline.contracts import RankingRequest, Scores
 from pipeline.errors import Overloaded
 
 Run = Callable[[Sequence[RankingRequest]], NDArray[np.float32]]
 """A batch of requests -> [C, heads] scores of all their candidates, in order. Called in the batcher's thread, one call at a time."""
-
-ALIGN = 8
-"""Padded lengths are multiples of this where no bucket is set: a vector register's worth."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,9 @@ from pipeline.errors import SettingsError
 
 Value = bool | int | float | str
 
+ALIGN = 8
+"""Padded lengths are multiples of at least this, a vector register's worth. A length of 1 would also be a special case to a compiler."""
+
 BUILD_STAGES = ("quant", "build")
 LOAD_STAGES = ("engine", "serve")
 
@@ -28,13 +31,16 @@ class Knob:
     options: tuple[Value, ...] = ()
     low: float = 0.0
     high: float = math.inf
+    zero: bool = False
+    """0 is legal too, below `low`: it switches something off."""
 
     def legal(self) -> str:
         """The legal values in words."""
         if self.options:
             return "one of " + ", ".join(str(option) for option in self.options)
         kind = "a whole number" if isinstance(self.default, int) else "a number"
-        return f"{kind} of at least {self.low:g}" if math.isinf(self.high) else f"{kind} from {self.low:g} to {self.high:g}"
+        text = f"{kind} of at least {self.low:g}" if math.isinf(self.high) else f"{kind} from {self.low:g} to {self.high:g}"
+        return f"{text}, or 0" if self.zero else text
 
     def read(self, value: object) -> Value | None:
         """`value` as this knob keeps it; None where it is not legal."""
@@ -42,13 +48,14 @@ class Knob:
             return next((option for option in self.options if type(option) is type(value) and option == value), None)
         if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(self.default, float) else int):
             return None
-        return type(self.default)(value) if self.low <= value <= self.high else None
+        legal = self.low <= value <= self.high or (self.zero and value == 0)
+        return type(self.default)(value) if legal else None
 
 
 SERVE: Mapping[str, Knob] = {
     "serve.max_batch_tokens": Knob(default=2048, low=1),
     "serve.max_wait_ms": Knob(default=1.0, high=1000.0),
-    "serve.bucket": Knob(default=0),
+    "serve.bucket": Knob(default=0, low=ALIGN, zero=True),
     "serve.queue_limit": Knob(default=1024, low=1),
 }
 """Knobs of the batcher, the same in every engine that uses it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def test_a_package_serves_in_a_fresh_process_without_the_compiler(folder: Path) 
     model = lively_model(CONFIG)
     for request, scores in zip(requests, np.load(folder / "scores.npz").values(), strict=True):
         np.testing.assert_allclose(scores, oracle_scores(model, request), rtol=0, atol=5e-5)
+
+
+def test_the_number_of_threads_is_not_compiled_in(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "engine" / "model.pt2") as package:
+        kernels = next(package.read(name).decode() for name in package.namelist() if name.endswith("kernel.cpp"))
+    assert "#pragma omp parallel" in kernels
+    assert "num_threads(" not in kernels.replace("omp_get_num_threads(", "")
 
 
 @pytest.mark.parametrize("detail", ["torch", "vectors"])

@@ -30,6 +30,7 @@ def test_settling_fills_in_defaults_and_keeps_types() -> None:
     assert settled["build.kind"] == "b"
     assert settled["engine.count"] == 2
     assert isinstance(settled["serve.max_wait_ms"], float)
+    assert settled["serve.bucket"] == settle("x", {"serve.bucket": 0}, KNOBS)["serve.bucket"] == 0
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,8 @@ def test_settling_fills_in_defaults_and_keeps_types() -> None:
         ({"engine.count": 5}, "engine.count takes a whole number from 1 to 4, got 5"),
         ({"engine.count": 2.0}, "got 2.0"),
         ({"engine.count": True}, "got True"),
-        ({"serve.bucket": -1}, "serve.bucket takes a whole number of at least 0, got -1"),
+        ({"serve.bucket": -1}, "serve.bucket takes a whole number of at least 8, or 0, got -1"),
+        ({"serve.bucket": 7}, "got 7"),
         ({"serve.max_wait_ms": float("nan")}, "serve.max_wait_ms takes a number from 0 to 1000, got nan"),
     ],
 )
