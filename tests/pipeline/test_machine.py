@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from pipeline import machine
+from pipeline.gpu import GpuState
+from pipeline.machine import State, disturbance, shares
+
+QUIET = State(at=0.0, cores=4, busy_s=100.0, own_s=10.0, steal_s=1.0, own_pids=frozenset({5}))
+GPU = GpuState(
+    index=0, sm_clock_mhz=1980, memory_clock_mhz=3201, throttle=0, temperature_c=40, power_w=100.0, memory_used_mib=0.0, processes=frozenset()
+)
+
+
+def after(**changes: object) -> State:
+    return replace(QUIET, at=10.0, **changes)  # type: ignore[arg-type]
+
+
+def test_our_own_work_disturbs_nobody() -> None:
+    assert disturbance(QUIET, after(busy_s=140.0, own_s=50.0)) == ""
+    assert shares(QUIET, after(busy_s=140.0, own_s=50.0))["foreign"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"busy_s": 120.0}, "other processes took 50% of the CPU"),
+        ({"steal_s": 5.0}, "hypervisor took 10% of the CPU"),
+        ({"gpus": (replace(GPU, throttle=0x40),)}, "GPU 0 was throttled (NVML reasons 0x40) at 40 C"),
+        ({"gpus": (replace(GPU, processes=frozenset({5, 6})),)}, "shared with 1 other processes"),
+        ({"gpus": (replace(GPU, processes=frozenset({900, 901})),)}, "shared with 1 other processes"),
+    ],
+)
+def test_others_are_named(changes: dict[str, object], message: str) -> None:
+    assert message in disturbance(QUIET, after(**changes))
+
+
+@pytest.mark.parametrize("processes", [set(), {5}, {900}])
+def test_a_gpu_of_our_own_is_not_shared(processes: set[int]) -> None:
+    assert disturbance(QUIET, after(gpus=(replace(GPU, processes=frozenset(processes)),))) == ""
+
+
+def test_limits_can_be_moved() -> None:
+    assert disturbance(QUIET, after(busy_s=120.0), foreign_share=0.6) == ""
+    assert disturbance(QUIET, after(busy_s=102.0), foreign_share=0.01)
+
+
+def burn(seconds: float) -> None:
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
+
+
+def test_the_real_reading_tells_our_work_from_others() -> None:
+    before = machine.read()
+    burn(0.5)
+    subprocess.run([sys.executable, "-c", "import time\nt = time.perf_counter()\nwhile time.perf_counter() - t < 0.3: pass"], check=True)
+    mine = machine.read()
+    own = mine.own_s - before.own_s
+    assert 0.1 < own <= mine.at - before.at + 0.1  # how much depends on who else is here; a child that has ended counts
+    assert mine.busy_s - before.busy_s >= own - 0.2
+    # The same work done by a process that is not ours.
+    stranger = subprocess.Popen(
+        ["/bin/sh", "-c", f"{sys.executable} -c 'while True: pass' & echo $!"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert stranger.stdout is not None
+    pid = int(stranger.stdout.readline())
+    stranger.wait()
+    try:
+        before = machine.read()
+        time.sleep(1.0)
+        found = shares(before, machine.read())
+    finally:
+        subprocess.run(["kill", "-9", str(pid)], check=True)
+    assert found["foreign"] > 0.1 / before.cores

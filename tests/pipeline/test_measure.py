@@ -1,0 +1,255 @@
+"""The generator against servers whose behaviour is known: a real batcher with a run that sleeps, or one driven by hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline import machine, measure
+from pipeline.backends.batcher import Batcher, BatchPolicy
+from pipeline.contracts import RankingRequest, Scores, Settings
+from pipeline.errors import MachineError, SettingsError
+from pipeline.measure import closed_loop, open_loop, spoilt, timed_window, warm_up
+from tests.factories import random_request
+
+
+class Server:
+    """contracts.Session over the shared batcher, one request a batch; `work(n)` is called for the n-th batch."""
+
+    def __init__(self, work: Callable[[int], None], queue_limit: int = 1024) -> None:
+        self.effective: Settings = {"serve.queue_limit": queue_limit}
+        self.compilations = 0.0
+        self._work = work
+        self._batcher = Batcher(self._run, BatchPolicy(max_batch_tokens=1, max_wait_ms=0.0, queue_limit=queue_limit))
+
+    def _run(self, requests: Sequence[RankingRequest]) -> np.ndarray:
+        self._work(self._batcher.totals["batches"])
+        return np.zeros((sum(len(r.candidates) for r in requests), 4), np.float32)
+
+    def submit(self, request: RankingRequest) -> Future[Scores]:
+        return self._batcher.submit(request)
+
+    def counters(self) -> Mapping[str, float]:
+        return {**self._batcher.totals, "compilations": self.compilations}
+
+    def close(self) -> None:
+        self._batcher.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start(work: Callable[[int], None], **options: int) -> Server:
+        servers.append(Server(work, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def arrivals(times: Sequence[float]) -> list[RankingRequest]:
+    request = random_request(np.random.default_rng(0))
+    return [replace(request, arrival_s=float(t)) for t in times]
+
+
+def sleeps(seconds: float) -> Callable[[int], None]:
+    return lambda batch: time.sleep(seconds)
+
+
+def say_nothing(line: str) -> None:
+    """For tests that do not read what is said."""
+
+
+def still() -> machine.State:
+    return machine.State(at=time.monotonic(), cores=2, busy_s=0.0, own_s=0.0, steal_s=0.0)
+
+
+def test_latency_counts_the_queue_from_the_intended_arrival(serve: Callable[..., Server]) -> None:
+    # Five at once into a server of 20 ms: the n-th waits for those before it.
+    window = open_loop(serve(sleeps(0.02)), arrivals([0, 0, 0, 0, 0, 1e-6]))
+    assert np.diff(window.latency_ms[:5]) == pytest.approx(20, abs=15)
+    assert window.latency_ms[4] >= 100
+    assert window.counters["batches"] == 6
+    assert window.seconds >= 0.12
+
+
+def test_a_stalled_server_does_not_slow_the_sender(serve: Callable[..., Server]) -> None:
+    """Coordinated omission: a closed loop would send one request during the stall and call it a single slow one."""
+    stall = serve(lambda batch: time.sleep(0.3 if batch == 10 else 0.0005))
+    window = open_loop(stall, arrivals(np.arange(100) * 0.01))
+    assert (window.latency_ms > 50).sum() >= 20
+    assert np.median(window.late_ms) < 5
+
+
+def test_a_late_sender_shows_and_spoils_the_window(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve(sleeps(0.0))
+    submit = server.submit
+
+    def slow(request: RankingRequest) -> Future[Scores]:
+        time.sleep(0.004)
+        return submit(request)
+
+    monkeypatch.setattr(server, "submit", slow)
+    window = open_loop(server, arrivals(np.arange(50) * 0.001))
+    assert window.late_ms[-1] > 100
+    assert (window.latency_ms >= window.late_ms).all()  # so lateness makes figures worse, never better
+    assert "ms late (p99), at most" in spoilt(window)
+    assert "ms late" not in spoilt(replace(window, late_ms=np.zeros(50)))
+    assert not spoilt(window, late_limit_ms=10_000)
+
+
+def test_too_high_a_rate_is_stopped_long_before_the_end(serve: Callable[..., Server]) -> None:
+    began = time.monotonic()
+    with pytest.raises(SettingsError, match=r"overloaded at 1000\.0 requests/s: \d+ requests were waiting"):
+        open_loop(serve(sleeps(0.02)), arrivals(np.arange(2000) * 0.001))
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_queue_that_turns_requests_away_is_overloaded(serve: Callable[..., Server]) -> None:
+    with pytest.raises(SettingsError, match="a request was turned away"):
+        open_loop(serve(sleeps(0.05), queue_limit=4), arrivals(np.arange(50) * 0.001))
+
+
+def test_a_load_just_below_capacity_is_not_called_overloaded(serve: Callable[..., Server]) -> None:
+    times = np.cumsum(np.random.default_rng(0).exponential(0.01, 100))
+    window = open_loop(serve(sleeps(0.003)), arrivals(times))
+    assert len(window.latency_ms) == 100
+
+
+def test_what_the_engine_raises_goes_through(serve: Callable[..., Server]) -> None:
+    def broken(batch: int) -> None:
+        raise ZeroDivisionError("planted")
+
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        open_loop(serve(broken), arrivals([0, 0.01]))
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        closed_loop(serve(broken), arrivals([0]), 2, 0.1)
+
+
+def test_the_closed_loop_keeps_so_many_in_flight_and_no_more(serve: Callable[..., Server]) -> None:
+    server = serve(sleeps(0.01))
+    most, flying = 0, 0
+    submit = server.submit
+
+    def counting(request: RankingRequest) -> Future[Scores]:
+        nonlocal most, flying
+        flying += 1
+        most = max(most, flying)
+        future = submit(request)
+
+        def landed(_: Future[Scores]) -> None:
+            nonlocal flying
+            flying -= 1
+
+        future.add_done_callback(landed)
+        return future
+
+    server.submit = counting  # type: ignore[method-assign]
+    peak = closed_loop(server, arrivals([0, 0]), 3, 0.6)
+    assert most == 3
+    assert peak.rate_rps == pytest.approx(90, rel=0.3)
+    assert np.median(peak.latency_ms) == pytest.approx(30, rel=0.5)
+    assert peak.per_slice_rps.sum() / 10 == pytest.approx(peak.rate_rps)
+
+
+def test_the_closed_loop_respects_a_small_queue(serve: Callable[..., Server]) -> None:
+    server = serve(sleeps(0.002), queue_limit=2)
+    closed_loop(server, arrivals([0]), 16, 0.1)
+    assert server.counters()["rejected"] == 0
+
+
+def test_warm_up_goes_on_while_the_engine_compiles(serve: Callable[..., Server]) -> None:
+    said: list[str] = []
+
+    def work(batch: int) -> None:
+        server.compilations += batch < 40
+        time.sleep(0.004)
+
+    server = serve(work)
+    rounds = warm_up(server, arrivals([0]), 1, 0.2, said.append)
+    assert server.counters()["batches"] > 40
+    assert rounds >= 3
+    assert "warm after" in said[0]
+
+
+def test_an_engine_that_compiles_for_ever_is_refused(serve: Callable[..., Server]) -> None:
+    def work(batch: int) -> None:
+        server.compilations += 1
+        time.sleep(0.002)
+
+    server = serve(work)
+    with pytest.raises(SettingsError, match="still compiled in warm-up round 8"):
+        warm_up(server, arrivals([0]), 1, 0.04, say_nothing)
+    said: list[str] = []
+    with pytest.raises(SettingsError, match="compiled in each of 2 windows"):
+        timed_window(server, arrivals(np.arange(20) * 0.005), arrivals([0, 0.01]), repeats=1, say=said.append, read=still)
+    assert "repeats left" in said[0]
+
+
+def test_latencies_that_never_settle_are_the_machines_fault(serve: Callable[..., Server]) -> None:
+    began = time.monotonic()
+    with pytest.raises(MachineError, match="did not settle"):
+        # Each round is twice as fast as the one before.
+        warm_up(serve(lambda batch: time.sleep(0.064 / 2 ** ((time.monotonic() - began) / 0.15))), arrivals([0]), 1, 0.3, say_nothing)
+
+
+def test_a_disturbed_window_is_repeated_and_says_so(serve: Callable[..., Server]) -> None:
+    # Readings before and after each window; somebody else burns both cores during the first.
+    states = [still(), replace(still(), at=time.monotonic() + 1, busy_s=2.0), still(), replace(still(), at=time.monotonic() + 1, busy_s=0.1)]
+    readings = iter([states[0], states[1], states[2], states[3]])
+    said: list[str] = []
+    window = timed_window(
+        serve(sleeps(0.001)),
+        arrivals(np.arange(30) * 0.005),
+        arrivals([0, 0.01]),
+        repeats=2,
+        say=said.append,
+        late_limit_ms=1000,
+        read=lambda: next(readings),
+    )
+    assert len(window.latency_ms) == 30
+    assert len(said) == 1
+    assert said[0].startswith("window discarded: other processes took")
+
+
+def test_windows_that_are_all_disturbed_fail_the_machine(serve: Callable[..., Server]) -> None:
+    clock = iter(range(100))
+
+    def busy() -> machine.State:
+        now = float(next(clock))
+        return machine.State(at=now, cores=2, busy_s=2 * now, own_s=0.0, steal_s=0.0)
+
+    with pytest.raises(MachineError, match="none of 3 windows counts"):
+        timed_window(serve(sleeps(0.0)), arrivals([0, 0.01]), arrivals([0, 0.01]), repeats=2, say=say_nothing, late_limit_ms=1000, read=busy)
+
+
+def test_the_window_matches_queueing_theory(serve: Callable[..., Server]) -> None:
+    """M/D/1 at half load: the mean wait is half a service time. The sleep's own overhead counts as service, so it is measured first."""
+    server = serve(sleeps(0.004))
+    service = 1000 / closed_loop(server, arrivals([0]), 2, 0.5).rate_rps
+    times = np.cumsum(np.random.default_rng(5).exponential(2 * service / 1000, 300))
+    window = open_loop(server, arrivals(times))
+    # The exact wait of these very arrivals, by Lindley's recursion.
+    wait, waits = 0.0, []
+    for gap in np.diff(times, prepend=times[0]) * 1000:
+        wait = max(0.0, wait + (service - gap if waits else 0.0))
+        waits.append(wait)
+    assert float(np.median(window.latency_ms)) == pytest.approx(float(np.median(waits)) + service, rel=0.35)
+
+
+def test_switching_is_quick_enough_for_the_sender() -> None:
+    import sys
+
+    before = sys.getswitchinterval()
+    try:
+        measure.quick_switching()
+        assert sys.getswitchinterval() == pytest.approx(measure.SWITCH_S)
+    finally:
+        sys.setswitchinterval(before)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.datasets import DataConfig, open_dataset, prepare
+from pipeline import workload
+from pipeline.config import WorkloadConfig
+from pipeline.errors import DataError
+from pipeline.requests import load_labelled, load_requests, save_requests, validate
+from tests.pipeline.trial_folder import labelled, timed
+
+SIZES = {"quality_users": 5, "calibration_users": 7, "parity_requests": 6, "golden_requests": 3}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    prepare(DataConfig(name="synthetic", events=12_000, events_per_user=100), folder)
+    return folder
+
+
+def draw(data: Path, out: Path, **changes: object) -> dict[str, object]:
+    out.mkdir()
+    config = asdict(WorkloadConfig(requests=460, confirm_requests=470)) | SIZES | changes
+    return workload.make_inputs(data, config, out, lambda share, text: None)
+
+
+def test_all_files_are_drawn_and_fit_the_model(data: Path, tmp_path: Path) -> None:
+    summary = draw(data, tmp_path / "a")
+    dataset = open_dataset(data)
+    counts = {name: len(load_requests(tmp_path / "a" / f"{name}.npz")) for name in ("workload", "confirm_workload", "parity", "golden")}
+    assert counts == {"workload": 460, "confirm_workload": 470, "parity": 6, "golden": 3}
+    requests = load_requests(tmp_path / "a" / "workload.npz")
+    for request in requests:
+        validate(request, dataset.schema, dataset.max_tokens)
+    assert all(16 <= len(r.candidates) <= 64 for r in requests)
+    assert requests[-1].arrival_s / 460 == pytest.approx(1, rel=0.2)
+    tested = {s.request.user_key for s in load_labelled(tmp_path / "a" / "quality.npz")}
+    assert len(tested) == 5
+    assert not tested & {r.user_key for r in load_requests(tmp_path / "a" / "calibration.npz")}
+    assert summary["workload"]["requests"] == 460  # type: ignore[index]
+
+
+def test_the_seed_is_the_list(data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 9)):
+        draw(data, tmp_path / name, seed=seed)
+
+    def cross(name: str, file: str = "workload.npz") -> bytes:
+        return b"".join(r.cross.tobytes() for r in load_requests(tmp_path / name / file))
+
+    assert cross("a") == cross("b") != cross("c")
+    assert cross("a")[:4000] != cross("a", "confirm_workload.npz")[:4000]
+
+
+def test_arrivals_are_compressed_to_a_rate(tmp_path: Path) -> None:
+    save_requests(tmp_path / "w.npz", timed(np.random.default_rng(0), 50))
+    unit, fast = workload.load(tmp_path / "w.npz"), workload.load(tmp_path / "w.npz", 200.0)
+    assert [r.arrival_s for r in fast] == pytest.approx([r.arrival_s / 200 for r in unit])
+
+
+def test_arrivals_out_of_order_are_refused(tmp_path: Path) -> None:
+    save_requests(tmp_path / "w.npz", timed(np.random.default_rng(0), 5)[::-1])
+    with pytest.raises(DataError, match="order of their arrival"):
+        workload.load(tmp_path / "w.npz")
+
+
+def test_each_workload_warms_up_for_the_other() -> None:
+    assert workload.other("workload.npz") == "confirm_workload.npz"
+    assert workload.other("confirm_workload.npz") == "workload.npz"
+
+
+def test_users_are_drawn_whole() -> None:
+    samples = labelled(np.random.default_rng(0), 20)  # two a user
+    some = workload.of_users(samples, 4, seed=0)
+    assert len(some) == 8
+    assert len({s.request.user_key for s in some}) == 4
+    assert len(workload.of_users(samples, 0, seed=0)) == len(workload.of_users(samples, 99, seed=0)) == 20
+    assert [s.request.user_key for s in workload.of_users(samples, 4, 1)] != [s.request.user_key for s in some]
+
+
+def test_lengths_are_summarised() -> None:
+    requests = timed(np.random.default_rng(0), 30)
+    summary = workload.lengths(requests)
+    assert summary["tokens/max"] == max(r.tokens for r in requests)
+    assert summary["candidates/p50"] == np.median([len(r.candidates) for r in requests])
