@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.datasets.index import Index, Ints
+from model.datasets.index import Index, Ints, Ranges, blocks
 from model.datasets.log import DAY_S, SESSION_GAP_S, EventLog, answered_at
 from pipeline.contracts import HEADS
 
@@ -20,12 +20,12 @@ Floats = NDArray[np.float64]
 
 STRENGTH = 5.0
 """Pseudo-events behind every smoothed rate."""
+PRIOR_STRENGTH = 100.0
+"""The same of the whole log's rate, towards one half."""
 LONGEST_S = 10 * 365 * DAY_S
 """Ages are logarithmic shares of this."""
 RECENT_S = 30 * DAY_S
 RESIDUAL_UNIT = 1 << 20
-BLOCK = 1 << 20
-"""Queries answered at once: bounds the memory of temporaries."""
 
 
 def names(log: EventLog) -> tuple[str, ...]:
@@ -77,20 +77,31 @@ class Statistics:
 
         A time may be at most one second after the log's last event; nothing at or after it is looked at.
         """
+        log = self.log
         if out is None:
             out = np.empty((len(user), len(self.columns)), np.float32)
         prior = self._prior(time)
-        self._user_history(out, user, time)
-        self._item_history(out, item, time)
         self._pair_history(out, user, item, time)
-        self._rates(out, "user_rate", self.log.user, user, time, prior, sessions=True)
-        self._rates(out, "item_rate", self.log.item, item, time, prior)
+
+        by_user = self._index(log.user, log.time)
+        ranges = by_user.ranges(user, time)
+        self._user_history(out, by_user, ranges, user, time)
+        self._rates(out, "user_rate", by_user, ranges, log.user, user, time, prior, sessions=True)
+        by_item = self._index(log.item, log.time)
+        self._residual(out, "user_residual", by_user, ranges, log.user, user, time, by_item, log.item)
+        ranges = by_item.ranges(item, time)
+        self._item_history(out, by_item, ranges, item, time)
+        self._rates(out, "item_rate", by_item, ranges, log.item, item, time, prior)
+        self._residual(out, "item_residual", by_item, ranges, log.item, item, time, by_user, log.user)
+        del by_user, by_item
+
         for column, head in enumerate(self.heads):
-            prior[:, column] = _sigmoid(out[:, self._at(f"user_rate/{HEADS[head]}")])
-        key, asked = self._category_key(self.log.user, self.log.item), self._category_key(user, item)
-        self._category_history(out, key, asked, time)
-        self._rates(out, "user_category_rate", key, asked, time, prior)
-        self._residuals(out, user, item, time)
+            prior[:, column] = 1 / (1 + np.exp(-out[:, self._at(f"user_rate/{HEADS[head]}")]))
+        key, asked = self._category_key(log.user, log.item), self._category_key(user, item)
+        by_category = self._index(key, log.time)
+        ranges = by_category.ranges(asked, time)
+        self._category_history(out, by_category, ranges, time)
+        self._rates(out, "user_category_rate", by_category, ranges, key, asked, time, prior)
         return out
 
     def _at(self, name: str) -> int:
@@ -99,39 +110,41 @@ class Statistics:
     def _category_key(self, user: NDArray[np.integer], item: NDArray[np.integer]) -> Ints:
         return user.astype(np.int64) * self.categories + self.category[item]
 
-    def _index(self, key: NDArray[np.integer], time: Ints, *, presorted: bool = False, sparse: bool = False) -> Index:
-        return Index.build(key, np.minimum(time, self.end), self.origin, self.end, presorted=presorted, sparse=sparse)
+    def _pair_key(self, user: NDArray[np.integer], item: NDArray[np.integer]) -> Ints:
+        return user.astype(np.int64) * (self.log.items + 1) + item
+
+    def _index(self, key: NDArray[np.integer], time: Ints, *, sparse: bool = False) -> Index:
+        return Index.build(key, np.minimum(time, self.end), self.origin, self.end, sparse=sparse)
 
     def _prior(self, time: Ints) -> NDArray[np.float32]:
         """[m, heads] rate of each head over the whole log before each time, drawn towards one half while there is little."""
-        out = np.empty((len(time), len(self.heads)), np.float32)
+        everything, nothing = np.zeros(len(self.log), np.int8), np.zeros(len(time), np.int8)
+        index = self._index(everything, self.log.time)
+        ranges = index.ranges(nothing, time)
+        out = np.full((len(time), len(self.heads)), 0.5, np.float32)
         for column, head in enumerate(self.heads):
-            known = self.log.known[:, head]
-            answered = np.sort(np.minimum(answered_at(self.log, head)[known], self.end))
-            positive = np.sort(np.minimum(answered_at(self.log, head)[known & (self.log.labels[:, head] == 1)], self.end))
-            out[:, column] = (np.searchsorted(positive, time) + 50) / (np.searchsorted(answered, time) + 100)
+            out[:, column] = self._rate(head, *self._answers(head, index, ranges, everything, nothing, time), out[:, column], PRIOR_STRENGTH)
         return out
 
-    def _user_history(self, out: NDArray[np.float32], user: NDArray[np.integer], time: Ints) -> None:
+    def _user_history(self, out: NDArray[np.float32], index: Index, ranges: Ranges, user: NDArray[np.integer], time: Ints) -> None:
         log = self.log
-        index = self._index(log.user, log.time, presorted=True)
         opens = np.ones(len(log), np.bool_)
         opens[1:] = (log.user[1:] != log.user[:-1]) | (np.diff(log.time) > SESSION_GAP_S)
-        session = index.running(opens)
-        opening = np.flatnonzero(opens)  # first row of the session with number session[row + 1] - 1
-        for block in _blocks(len(time)):
-            key, now = user[block].astype(np.int64), time[block]
-            start, stop = index.start(key), index.before(key, now)
+        session = index.running(opens)  # a log is sorted by user and time: places are rows
+        opening = np.flatnonzero(opens)
+        week = index.since(user, time - 7 * DAY_S, ranges)
+        for block in blocks(len(time)):
+            now, start, stop = time[block], ranges.start[block], ranges.stop[block]
             some = stop > start
             last = np.maximum(stop - 1, 0)
             gap = now - log.time[last]
             going_on = some & (gap <= SESSION_GAP_S)
-            first = opening[session[last + 1] - 1]
+            first = opening[session[last + 1] - 1]  # where the last event's session began
             paused = some & (~going_on | (first > start))
             pause = np.where(going_on, log.time[first] - log.time[np.maximum(first - 1, 0)], gap)
             columns = {
                 "user_count": np.log1p(stop - start) / 5,
-                "user_week_count": np.log1p(stop - index.before(key, now - 7 * DAY_S)) / 5,
+                "user_week_count": np.log1p(week[block]) / 5,
                 "user_gap": np.where(some, _freshness(gap), 0),
                 "user_age": np.where(some, np.log1p((now - log.time[np.minimum(start, len(log) - 1)]).clip(0) / DAY_S) / 5, 0),
                 "session_events": np.where(going_on, np.log1p(stop - first) / 4, 0),
@@ -141,12 +154,11 @@ class Statistics:
             }
             self._write(out, block, columns)
 
-    def _item_history(self, out: NDArray[np.float32], item: NDArray[np.integer], time: Ints) -> None:
-        index = self._index(self.log.item, self.log.time)
-        for block in _blocks(len(time)):
-            key, now = item[block].astype(np.int64), time[block]
-            start, stop = index.start(key), index.before(key, now)
-            count, recent = stop - start, stop - index.before(key, now - RECENT_S)
+    def _item_history(self, out: NDArray[np.float32], index: Index, ranges: Ranges, item: NDArray[np.integer], time: Ints) -> None:
+        recent_count = index.since(item, time - RECENT_S, ranges)
+        for block in blocks(len(time)):
+            now, start, recent = time[block], ranges.start[block], recent_count[block]
+            count = ranges.stop[block] - start
             first = index.time_at(np.minimum(start, len(index.code) - 1))
             columns = {
                 "item_count": np.log1p(count) / 5,
@@ -156,31 +168,30 @@ class Statistics:
             }
             self._write(out, block, columns)
 
-    def _category_history(self, out: NDArray[np.float32], key: Ints, asked: Ints, time: Ints) -> None:
-        index = self._index(key, self.log.time)
+    def _category_history(self, out: NDArray[np.float32], index: Index, ranges: Ranges, time: Ints) -> None:
         total = out[:, self._at("user_count")]
-        for block in _blocks(len(time)):
-            count, recency = _count_and_recency(index, asked[block], time[block])
+        for block in blocks(len(time)):
+            count = ranges.stop[block] - ranges.start[block]
             columns = {
                 "user_category_count": np.log1p(count) / 5,
-                "user_category_recency": recency,
+                "user_category_recency": _recency(index, ranges, time, block),
                 "user_category_share": count / np.maximum(np.expm1(total[block] * 5.0), 1),
             }
             self._write(out, block, columns)
 
     def _pair_history(self, out: NDArray[np.float32], user: NDArray[np.integer], item: NDArray[np.integer], time: Ints) -> None:
-        def pair(users: NDArray[np.integer], items: NDArray[np.integer]) -> Ints:
-            return users.astype(np.int64) * (self.log.items + 1) + items
-
-        index = self._index(pair(self.log.user, self.log.item), self.log.time, sparse=True)
-        for block in _blocks(len(time)):
-            count, recency = _count_and_recency(index, index.keys(pair(user[block], item[block])), time[block])
-            self._write(out, block, {"user_item_count": np.log1p(count), "user_item_recency": recency})
+        index = self._index(self._pair_key(self.log.user, self.log.item), self.log.time, sparse=True)
+        ranges = index.ranges(self._pair_key(user, item), time)
+        for block in blocks(len(time)):
+            count = ranges.stop[block] - ranges.start[block]
+            self._write(out, block, {"user_item_count": np.log1p(count), "user_item_recency": _recency(index, ranges, time, block)})
 
     def _rates(
         self,
         out: NDArray[np.float32],
         name: str,
+        index: Index,
+        ranges: Ranges,
         key: NDArray[np.integer],
         asked: NDArray[np.integer],
         time: Ints,
@@ -188,58 +199,63 @@ class Statistics:
         sessions: bool = False,
     ) -> None:
         for column, head in enumerate(self.heads):
-            rate = self._rate(head, key, asked, time, prior[:, column], sessions)
+            answers = self._answers(head, index, ranges, key, asked, time)
+            rate = self._rate(head, *answers, prior[:, column], STRENGTH, sessions)
             out[:, self._at(f"{name}/{HEADS[head]}")] = np.log(rate / (1 - rate))
 
+    def _answers(
+        self, head: int, index: Index, ranges: Ranges, key: NDArray[np.integer], asked: NDArray[np.integer], time: Ints
+    ) -> tuple[Index, Ranges]:
+        """The records by the time their answer was certain: the given ones, unless the head's answer comes later than its event."""
+        if not self.log.horizon_s[head]:
+            return index, ranges
+        later = self._index(key, answered_at(self.log, head))
+        return later, later.ranges(asked, time)
+
     def _rate(
-        self,
-        head: int,
-        key: NDArray[np.integer],
-        asked: NDArray[np.integer],
-        time: Ints,
-        prior: NDArray[np.float32],
-        sessions: bool = False,
+        self, head: int, index: Index, ranges: Ranges, prior: NDArray[np.float32], strength: float, sessions: bool = False
     ) -> NDArray[np.float32]:
-        """[m] share of positives among the asked key's events whose answer was certain before the time, drawn towards `prior`.
+        """[m] share of positives among the known answers of each range, drawn towards `prior`.
 
         With `sessions`, a head whose answer comes later counts once a session, at its last event: its events share one answer.
         """
-        eligible = self.log.known[:, head]
+        counted = self.log.known[:, head]
         if sessions and self.log.horizon_s[head]:
-            eligible = eligible & _ends_session(self.log)
-        rows = np.flatnonzero(eligible)
-        index = self._index(key[rows], answered_at(self.log, head)[rows])
-        positives = index.running(self.log.labels[rows, head])
-        out = np.empty(len(time), np.float32)
-        for block in _blocks(len(time)):
-            raw = asked[block].astype(np.int64)
-            start, stop = index.start(raw), index.before(raw, time[block])
-            out[block] = (positives[stop] - positives[start] + STRENGTH * prior[block]) / (stop - start + STRENGTH)
+            counted = counted & _ends_session(self.log)
+        known, positive = index.running(counted), index.running(counted & (self.log.labels[:, head] == 1))
+        out = np.empty(len(ranges.start), np.float32)
+        for block in blocks(len(out)):
+            out[block] = (ranges.sums(positive, block) + strength * prior[block]) / (ranges.sums(known, block) + strength)
         return out
 
-    def _residuals(self, out: NDArray[np.float32], user: NDArray[np.integer], item: NDArray[np.integer], time: Ints) -> None:
+    def _residual(
+        self,
+        out: NDArray[np.float32],
+        name: str,
+        index: Index,
+        ranges: Ranges,
+        key: NDArray[np.integer],
+        asked: NDArray[np.integer],
+        time: Ints,
+        other_index: Index,
+        other: NDArray[np.integer],
+    ) -> None:
         """Mean of (answer - what the other side's rate foretold) of the first head: users freed of their items' quality, and the reverse."""
         log, head = self.log, self.heads[0]
-        rows = np.flatnonzero(log.known[:, head])
-        answered = answered_at(log, head)[rows]
-        prior = self._prior(log.time[rows])[:, 0]
-        for name, key, asked, other in (("user_residual", log.user, user, log.item), ("item_residual", log.item, item, log.user)):
-            foretold = self._rate(head, other, other[rows], log.time[rows], prior)
-            index = self._index(key[rows], answered)
-            # Integers add up exactly in any order: a sum over the past then never depends on what else is in the log.
-            sums = index.running(np.round((log.labels[rows, head] - foretold.astype(np.float64)) * RESIDUAL_UNIT).astype(np.int64))
-            for block in _blocks(len(time)):
-                raw = asked[block].astype(np.int64)
-                start, stop = index.start(raw), index.before(raw, time[block])
-                self._write(out, block, {name: 2 * (sums[stop] - sums[start]) / RESIDUAL_UNIT / (stop - start + STRENGTH)})
+        own_prior = self._prior(log.time)[:, 0]
+        foretold = self._rate(
+            head, *self._answers(head, other_index, other_index.ranges(other, log.time), other, other, log.time), own_prior, STRENGTH
+        )
+        # Integers add up exactly in any order: a sum over the past then never depends on what else is in the log.
+        residual = np.round((log.labels[:, head] - foretold.astype(np.float64)) * RESIDUAL_UNIT).astype(np.int64) * log.known[:, head]
+        index, ranges = self._answers(head, index, ranges, key, asked, time)
+        sums, known = index.running(residual), index.running(log.known[:, head])
+        for block in blocks(len(time)):
+            self._write(out, block, {name: 2 * ranges.sums(sums, block) / RESIDUAL_UNIT / (ranges.sums(known, block) + STRENGTH)})
 
     def _write(self, out: NDArray[np.float32], block: slice, columns: dict[str, NDArray[Any]]) -> None:
         for name, values in columns.items():
             out[block, self._at(name)] = values
-
-
-def _blocks(count: int) -> list[slice]:
-    return [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
 
 
 def _freshness(age_s: Ints) -> Floats:
@@ -247,13 +263,10 @@ def _freshness(age_s: Ints) -> Floats:
     return 1 - np.log1p(np.clip(age_s, 0, LONGEST_S)) / np.log1p(LONGEST_S)
 
 
-def _count_and_recency(index: Index, key: Ints, time: Ints) -> tuple[Ints, Floats]:
-    """Earlier records of each key, and the freshness of the last; 0 where there is none (or the key is -1)."""
-    asked = np.maximum(key, 0)
-    stop = index.before(asked, time)
-    count = np.where(key >= 0, stop - index.start(asked), 0)
-    last = np.maximum(stop - 1, 0)
-    return count, np.where(count > 0, _freshness(time - index.time_at(last)), 0)
+def _recency(index: Index, ranges: Ranges, time: Ints, block: slice) -> Floats:
+    """Freshness of the last record of each range; 0 where there is none."""
+    start, stop = ranges.start[block], ranges.stop[block]
+    return np.where(stop > start, _freshness(time[block] - index.time_at(np.maximum(stop - 1, 0))), 0)
 
 
 def _ends_session(log: EventLog) -> NDArray[np.bool_]:
@@ -261,7 +274,3 @@ def _ends_session(log: EventLog) -> NDArray[np.bool_]:
     ends = np.ones(len(log), np.bool_)
     ends[:-1] = (log.user[1:] != log.user[:-1]) | (np.diff(log.time) > SESSION_GAP_S)
     return ends
-
-
-def _sigmoid(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    return (1 / (1 + np.exp(-values))).astype(np.float32)

@@ -167,5 +167,5 @@ def test_events_of_one_second_do_not_see_each_other() -> None:
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     log = make_log(raw_events(5))
     whole = Statistics(log).features(log.user, log.item, log.time)
-    monkeypatch.setattr("model.datasets.cross.BLOCK", 17)
+    monkeypatch.setattr("model.datasets.index.BLOCK", 17)
     np.testing.assert_array_equal(Statistics(log).features(log.user, log.item, log.time), whole)
