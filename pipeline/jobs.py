@@ -84,7 +84,8 @@ def reference(spec: Spec, folder: Path) -> dict[str, Any]:
     progress(0.0, "opening the reference engine")
     with TemporaryDirectory(dir=folder, prefix=".engine.") as engine:
         eager.build(Path(spec["checkpoint"]), {"build.precision": "fp32"}, Path(engine))
-        session = eager.load(Path(engine), {})
+        # One thread: the same bits on every machine, and no fight for cores with whatever else runs.
+        session = eager.load(Path(engine), {"engine.threads": 1})
         try:
             progress(0.1, "scoring the quality set")
             return {"summary": make_reference(session, Path(spec.get("inputs", folder)), folder)}

@@ -1,0 +1,155 @@
+"""`python -m pipeline COMMAND ...`: the word picks a function, the rest are Hydra overrides.
+
+Each command is a thin door: what it does can be had by calling the function behind it. A UserError is printed as one message
+without a traceback (exit 2); anything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import AutotuneError, UserError
+
+if TYPE_CHECKING:
+    from pipeline.terminal import View
+
+Door = Callable[[Sequence[str]], int]
+
+
+def data(arguments: Sequence[str]) -> int:
+    """Prepare the data set and print its users, split and rates."""
+    from pipeline import stages
+    from pipeline.config import compose
+
+    config, _ = compose(arguments, "data")
+    with _view("data") as view, view.stage("data"):
+        prepared = stages.prepare(config, view.line)
+    _print(prepared.summary)
+    print(prepared.folder)
+    return 0
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train a checkpoint, resumable, logged to MLflow. Use train=full for the long schedule."""
+    from pipeline import stages
+    from pipeline.config import compose
+
+    config, _ = compose(arguments, "train")
+    with _view("data", "training") as view:
+        with view.stage("data"):
+            prepared = stages.prepare(config, view.line)
+        with view.stage("training"):
+            checkpoint = stages.train(config, prepared, view.line)
+    _print(checkpoint.metrics)
+    print(checkpoint.folder)
+    return 0
+
+
+def quantize(arguments: Sequence[str]) -> int:
+    """Make the quantised checkpoints that the search may choose from."""
+    from pipeline import stages
+    from pipeline.config import compose
+
+    config, _ = compose(arguments, "quantize")
+    with _view("quantisation") as view, view.stage("quantisation"):
+        made = stages.quantise_all(config, view.line)
+    for recipe, folder in made.items():
+        print(f"{recipe}: {folder}")
+    return 0
+
+
+def tune(arguments: Sequence[str]) -> int:
+    """All of it: data, train, quantise, search, confirm, publish."""
+    from pipeline.config import compose
+    from pipeline.tune import tune
+
+    config, text = compose(arguments, "tune")
+    return tune(config, text)
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Say what this machine can run and how to get the rest."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.config import compose
+    from pipeline.doctor import examine
+
+    config, _ = compose(arguments, "doctor")
+    table = Table("", "", "", box=None, show_header=False)
+    for finding in examine(Path(config.paths.runs)):
+        table.add_row("[green]yes[/]" if finding.ok else "[yellow]no[/]", finding.name, finding.detail)
+    Console().print(table)
+    return 0
+
+
+def _view(*stages: str) -> View:
+    from pipeline.terminal import View
+
+    return View(stages)
+
+
+def _print(figures: Mapping[str, object], indent: str = "") -> None:
+    """Nested figures as lines, floats to four digits."""
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{name}:")
+            _print(value, indent + "  ")
+        else:
+            print(f"{indent}{name}: {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+COMMANDS: dict[str, Door] = {f.__name__: f for f in (data, train, quantize, tune, doctor)}
+
+
+def overrides_help() -> str:
+    """The groups with their choices and every value with its default, read from conf/."""
+    from pipeline.config import CONF, compose
+
+    _, text = compose([])
+    groups = sorted(folder for folder in CONF.iterdir() if folder.is_dir() and not folder.name.startswith("_"))
+    lines = ["groups, group=choice:"]
+    lines += [f"  {group.name}={'|'.join(sorted(p.stem for p in group.glob('*.yaml')))}" for group in groups if any(group.glob("*.yaml"))]
+    lines += ["", "values, path.to.value=new (+settings.<knob>=value pins a knob):"]
+    lines += [f"  {line}" for line in text.splitlines() if not line.startswith("command")]
+    return "\n".join(lines)
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {(door.__doc__ or '').splitlines()[0]}" for name, door in COMMANDS.items()]
+    return "\n".join(["usage: python -m pipeline COMMAND [group=choice] [group.key=value] ...", "", *lines, "", "COMMAND --help lists its overrides."])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code of one command line."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    word, rest = arguments[0], arguments[1:]
+    door = COMMANDS.get(word)
+    if door is None:
+        print(f"'{word}' is not a command\n\n{usage()}", file=sys.stderr)
+        return 2
+    if any(argument in ("-h", "--help") for argument in rest):
+        print(f"python -m pipeline {word} [overrides]\n\n{door.__doc__}\n\n{overrides_help()}")
+        return 0
+    try:
+        return door(rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except AutotuneError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
