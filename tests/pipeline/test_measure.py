@@ -219,6 +219,23 @@ def test_a_disturbed_window_is_repeated_and_says_so(serve: Callable[..., Server]
     assert said[0].startswith("window discarded: other processes took")
 
 
+def test_overload_counts_when_it_comes_back_and_nobody_disturbed(serve: Callable[..., Server]) -> None:
+    said: list[str] = []
+    with pytest.raises(SettingsError, match="overloaded at"):
+        timed_window(serve(sleeps(0.02)), arrivals(np.arange(200) * 0.001), arrivals([0, 0.01]), repeats=3, say=said.append, read=still)
+    assert len(said) == 1
+    assert "overloaded at" in said[0]
+
+
+def test_a_moment_in_which_the_machine_stood_still_is_no_overload(serve: Callable[..., Server]) -> None:
+    said: list[str] = []
+    once = serve(lambda batch: time.sleep(0.4 if batch == 20 else 0.0005))
+    load = arrivals(np.arange(200) * 0.005)
+    window = timed_window(once, load, arrivals([0, 0.01]), repeats=3, say=said.append, late_limit_ms=1000, read=still)
+    assert len(window.latency_ms) == 200
+    assert any("overloaded" in line for line in said)
+
+
 def test_windows_that_are_all_disturbed_fail_the_machine(serve: Callable[..., Server]) -> None:
     clock = iter(range(100))
 

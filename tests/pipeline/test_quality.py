@@ -168,9 +168,8 @@ def test_agreement_counts_the_common_part_of_the_best_ten() -> None:
 class Answering:
     """A session that answers at once with the user's key, but for one request with no number."""
 
-    effective: Settings = {}
-
     def __init__(self, bad: int = -1) -> None:
+        self.effective: Settings = {}
         self._bad = bad
 
     def submit(self, request: RankingRequest) -> Future[Scores]:
