@@ -20,6 +20,8 @@ from pipeline.records import Decision, Figure, TrialRecord
 
 FloatArray = NDArray[np.float64]
 RESAMPLES = 1000
+CHUNKS = 20
+"""Parts in which resamples are drawn, to hold megabytes and not hundreds of them."""
 LATENCY = "latency_ms/"
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
 CANDIDATES = 2
@@ -40,7 +42,7 @@ class Windows:
     def value(self, metric: str) -> float:
         """The figure of all windows together: latencies over pooled samples, the largest memory, the mean of everything else."""
         if metric.startswith(LATENCY):
-            return statistic(metric, np.concatenate(self.latency_ms))
+            return float(statistic(metric, np.concatenate(self.latency_ms)))
         values = [r.metrics[metric] for r in self.records]
         return max(values) if metric == "memory_mib/peak" else float(np.mean(values))
 
@@ -53,13 +55,20 @@ class Windows:
         """[count] bootstrap figures: windows are drawn, then samples within each, because windows differ by more than their samples do."""
         drawn = rng.integers(len(self.records), size=(count, len(self.records)))
         if metric.startswith(LATENCY):
-            pools = ([rng.choice(self.latency_ms[w], len(self.latency_ms[w])) for w in row] for row in drawn)
-            return np.array([statistic(metric, np.concatenate(pool)) for pool in pools])
+            return np.concatenate([statistic(metric, self._pools(part, rng)) for part in np.array_split(drawn, CHUNKS)])
         values = np.array([r.metrics[metric] for r in self.records])
         spread = np.array([self._spread(r, metric) for r in self.records])
         noisy = values[drawn] + spread[drawn] * rng.normal(size=drawn.shape)
         result: FloatArray = np.maximum(noisy.mean(axis=1), 1e-12)
         return result
+
+    def _pools(self, drawn: NDArray[np.int64], rng: np.random.Generator) -> FloatArray:
+        """[draws, windows x samples] samples of the drawn windows, each window with the same weight."""
+        lengths = np.array([len(samples) for samples in self.latency_ms])
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        places = rng.random((*drawn.shape, lengths.max())) * lengths[drawn][..., None]
+        pools: FloatArray = np.concatenate(self.latency_ms)[starts[drawn][..., None] + places.astype(np.int64)]
+        return pools.reshape(len(drawn), -1)
 
     @staticmethod
     def _spread(record: TrialRecord, metric: str) -> float:
@@ -68,13 +77,13 @@ class Windows:
         return (high - low) / (2 * 1.96)
 
 
-def statistic(metric: str, samples: FloatArray) -> float:
-    """latency_ms/mean, max or a percentile of samples."""
+def statistic(metric: str, samples: FloatArray) -> FloatArray:
+    """latency_ms/mean, max or a percentile over the last axis."""
     name = metric.removeprefix(LATENCY)
     if name in PERCENTILES:
-        return float(np.percentile(samples, PERCENTILES[name]))
+        return np.asarray(np.percentile(samples, PERCENTILES[name], axis=-1))
     assert name in ("mean", "max"), metric
-    return float(samples.mean() if name == "mean" else samples.max())
+    return np.asarray(samples.mean(axis=-1) if name == "mean" else samples.max(axis=-1))
 
 
 def turns(pairs: int) -> str:

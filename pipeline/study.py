@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import random
+import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from typing import Any, cast
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline import goals
@@ -43,7 +45,7 @@ INFEASIBLE_EXCESS = 1e6
 """Stands for 'refused': beyond any measured excess, which is a share of its limit."""
 STARTUP_TRIALS = 6
 """Observations before TPE takes over from uniform draws; the baseline and the presets are among them."""
-DUPLICATES = 20
+DUPLICATES = 10
 """Repeats in a row taken from the sampler before a new point is drawn at random."""
 RANDOM_DRAWS = 500
 """Random points tried before the space counts as used up."""
@@ -101,6 +103,15 @@ def check_resume(
         )
 
 
+class _QuickConnection(sqlite3.Connection):
+    """Optuna commits dozens of times a trial, and each would wait for the disk. A write-ahead log is as safe against crashes without."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.execute("PRAGMA journal_mode=WAL").close()
+        self.execute("PRAGMA synchronous=NORMAL").close()
+
+
 class Search:
     """One study's search, opened once its baseline is measured. One process at a time (`alone`)."""
 
@@ -114,7 +125,7 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # A changed space (study.resume=force) gets a sampler memory of its own, filled from the folders.
         self._study = optuna.create_study(
-            storage=f"sqlite:///{folder.resolve() / 'study.db'}",
+            storage=RDBStorage(f"sqlite:///{folder.resolve() / 'study.db'}", engine_kwargs={"connect_args": {"factory": _QuickConnection}}),
             study_name=f"{config.name} {_identity(self._spaces, goal)}",
             directions=["maximize" if objective.maximize else "minimize" for objective in goal.objectives],
             load_if_exists=True,

@@ -303,9 +303,8 @@ class _Run:
         """Run one trial; its folder is whole afterwards, whatever happened to the child."""
         shutil.rmtree(folder, ignore_errors=True)
         write_order(folder, order)
-        config, started = self.config.study, time.time()
-        launcher = LocalLauncher(cache=Path(order.cache), deadline_s=config.deadline_s, memory_mib=config.memory_mib or None, on_line=self.view.line)
-        measurement = launcher.trial(folder, order.python)
+        started = time.time()
+        measurement = self.launcher.trial(folder, order.python)
         if read_trial(folder).measurement != measurement:
             write_json(folder / "result.json", {**asdict(measurement), "started": started, "finished": time.time()})
         return read_trial(folder)

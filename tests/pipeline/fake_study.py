@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 
 from pipeline.backends import fake
 from pipeline.config import GoalConfig, MeasureConfig, PathsConfig, StudyConfig, TrackingConfig, TuneConfig, WorkloadConfig
-from pipeline.contracts import HEADS, LabelledRequest, RankingRequest
+from pipeline.contracts import HEADS, LabelledRequest, Measurement, Outcome, RankingRequest
+from pipeline.environment import fingerprint
+from pipeline.records import Order, read_trial, write_json
 from pipeline.requests import save_requests
 from search_spaces.space import Choice, Int, Space
 from tests.factories import SCHEMA, random_request
@@ -76,8 +79,8 @@ def config(root: Path, name: str = "fake", **changes: Any) -> TuneConfig:
     return replace(base, **changes)
 
 
-def space(threads: tuple[int, ...] = (1, 2, 4, 5, 8), *, faults: tuple[str, ...] = ("none",), presets: tuple[Mapping[str, Any], ...] = ()) -> Space:
-    """Few points, so that a short study sees most of them; the fastest uses 5 threads."""
+def space(threads: tuple[int, ...] = (1, 2, 5, 8), *, faults: tuple[str, ...] = ("none",), presets: tuple[Mapping[str, Any], ...] = ()) -> Space:
+    """Few points, so that a short study sees them all; the fastest uses 5 threads."""
     return Space(
         backend="fake",
         nodes=(
@@ -101,3 +104,41 @@ def _reference(folder: Path, name: str, requests: list[RankingRequest]) -> None:
     scores = np.concatenate([fake.scores(request, SETTINGS) for request in requests])
     assert scores.shape[1] == len(HEADS)
     np.save(folder / f".{name}.npy", scores)
+
+
+@dataclass
+class Simulated:
+    """A launcher that computes what the fake engine would measure: one window in a millisecond, every file of a trial written."""
+
+    delay_s: float = 0.0
+    bonus: Callable[[Order], float] = lambda order: 1.0
+    """Factor on the latency of an order: a study whose search and confirmation disagree."""
+    broken: tuple[str, ...] = ()
+    """Roles whose orders are refused."""
+    ran: list[Order] = field(default_factory=list)
+
+    def trial(self, folder: Path, python: str = "") -> Measurement:
+        """Write result.json last, as a child does."""
+        order, started = read_trial(folder).order, time.time()
+        self.ran.append(order)
+        time.sleep(self.delay_s)
+        fault = "refuse" if order.role in self.broken else order.settings["engine.fault"]
+        if fault in ("refuse", "bug"):
+            outcome = Outcome.INFEASIBLE if fault == "refuse" else Outcome.FAILED
+            found = Measurement(outcome=outcome, reason=f"planted: {fault}", seconds=0.1)
+            write_json(folder / "result.json", {**asdict(found), "started": started, "finished": time.time()})
+            return found
+        rng = np.random.default_rng([len(self.ran), order.number, *order.role.encode()])
+        latency = fake.service_ms(order.settings, 2000) * self.bonus(order) * rng.lognormal(0, 0.05, 470)
+        np.savez(folder / "samples.npz", latency_ms=latency, arrival_s=np.arange(470.0), late_ms=np.zeros(470))
+        with np.load(Path(order.inputs) / "reference.npz") as scores:
+            np.savez(folder / "scores.npz", golden=scores["golden"], parity=scores["parity"])
+        metrics = {f"latency_ms/{name}": float(np.percentile(latency, q)) for name, q in (("p50", 50), ("p99", 99))}
+        metrics |= {"throughput_rps/peak": 1000 / float(latency.mean()), "memory_mib/peak": 100.0 + 10 * int(order.settings["engine.threads"])}
+        engine = Path(order.cache) / "engine" / "fake"
+        engine.mkdir(parents=True, exist_ok=True)
+        (engine / "engine.json").write_text(json.dumps({"schema": asdict(SCHEMA), "max_seq_len": 256, "backend": "fake"}))
+        found = Measurement(outcome=Outcome.MEASURED, metrics=metrics, effective=dict(order.settings), environment=dict(fingerprint()), seconds=0.1)
+        result = {**asdict(found), "started": started, "finished": time.time(), "engine": str(engine)}
+        write_json(folder / "result.json", result)
+        return read_trial(folder).measurement or found

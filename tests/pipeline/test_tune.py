@@ -1,0 +1,266 @@
+"""A whole study, from the engines to the last line, on the fake engine."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline import artifact
+from pipeline.config import GoalConfig, TuneConfig
+from pipeline.contracts import Outcome
+from pipeline.errors import UserError
+from pipeline.records import Order, StudyFolder, read_study
+from pipeline.tune import tune
+from search_spaces.space import Space
+from tests.pipeline.fake_study import Simulated, config, space
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(settings: TuneConfig, launcher: Simulated | None = None, chosen: Space | None = None) -> tuple[int, str, StudyFolder]:
+    """Exit code, what was printed, the study folder."""
+    said = io.StringIO()
+    console = Console(file=said, width=250, highlight=False)
+    code = tune(settings, "study: {}\n", spaces={"fake": chosen or space()}, launcher=launcher or Simulated(), console=console)
+    return code, said.getvalue(), read_study(Path(settings.paths.runs) / settings.study.name)
+
+
+def with_study(settings: TuneConfig, **changes: object) -> TuneConfig:
+    return replace(settings, study=replace(settings.study, **changes))  # type: ignore[arg-type]
+
+
+def test_a_study_finds_the_known_optimum_and_ships_it(tmp_path: Path) -> None:
+    code, said, study = run(with_study(config(tmp_path), trials=8, confirm_pairs=3))
+    decision = study.decision
+    assert code == 0
+    assert decision is not None
+    assert decision.outcome == "improved"
+    winner = next(t for t in study.trials if t.number == decision.winner)
+    assert winner.order.settings["engine.threads"] == 5
+    assert decision.ratio is not None
+    assert 1 < decision.ratio.low < decision.ratio.value < decision.ratio.high
+    assert decision.noise_floor >= 1
+    shipped = artifact.verify(study.folder / "artifact")
+    assert shipped.settings["engine.threads"] == 5
+    assert (tmp_path / "reports" / "fake" / "index.html").exists()
+    lines = said.strip().splitlines()
+    assert lines[-1].startswith(f"{study.folder / 'artifact'}: latency_ms/p50 ")
+    assert "over the baseline" in lines[-1]
+    # The baseline comes first, its repeat is kept, and four points are all there are.
+    assert [t.order.role for t in study.trials[:2]] == ["baseline", "noise"]
+    assert "every point of the search space has been measured" in said
+    assert sorted(t.order.settings["engine.threads"] for t in study.trials if t.order.role == "sampled") == [2, 5, 8]
+    assert [t.number for t in study.confirmations] == [0, winner.number, winner.number, 0, 0, winner.number]
+    assert {t.order.measure["workload"] for t in study.confirmations} == {"confirm_workload.npz"}
+    assert {t.order.measure["workload"] for t in study.trials} == {"workload.npz"}
+
+
+def test_nothing_better_ends_honestly_and_ships_the_baseline(tmp_path: Path) -> None:
+    def only_lucky(order: Order) -> float:
+        """Every point looks better in the search, and is not."""
+        return 0.8 if order.role in ("preset", "sampled") else 1.0
+
+    code, said, study = run(config(tmp_path), Simulated(bonus=only_lucky), space(threads=(5, 4, 6)))
+    assert code == 0
+    assert study.decision is not None
+    assert study.decision.outcome == "no_improvement"
+    assert study.decision.winner is None
+    assert "no difference" in study.decision.reason
+    assert artifact.verify(study.folder / "artifact").trial == 0
+    assert len(study.confirmations) == 4  # the best, then the next best, and no more
+    assert "(the baseline: no improvement)" in said.strip().splitlines()[-1]
+
+
+def test_a_winner_that_fails_confirmation_gives_way_to_the_next_best(tmp_path: Path) -> None:
+    def deceptive(order: Order) -> float:
+        return 0.1 if order.settings["engine.threads"] == 2 and order.role == "sampled" else 1.0 if order.settings["engine.threads"] != 2 else 2.0
+
+    _, _, study = run(config(tmp_path), Simulated(bonus=deceptive), space(threads=(1, 2, 5)))
+    assert study.decision is not None
+    assert study.decision.outcome == "improved"
+    winner = next(t for t in study.trials if t.number == study.decision.winner)
+    assert winner.order.settings["engine.threads"] == 5
+
+
+def test_refused_points_are_kept_apart_from_failures_and_failures_stop_the_study(tmp_path: Path) -> None:
+    presets = tuple({"engine.fault": fault, "engine.threads": t} for fault in ("refuse", "bug") for t in (2, 4, 5, 8))
+    launcher = Simulated()
+    code, said, study = run(
+        with_study(config(tmp_path), trials=20), launcher, space((1, 2, 4, 5, 8), faults=("none", "refuse", "bug"), presets=presets)
+    )
+    outcomes = [t.outcome for t in study.trials if t.order.role == "preset"]
+    assert outcomes == [Outcome.INFEASIBLE] * 4 + [Outcome.FAILED] * 3
+    assert code == 1
+    assert "the last 3 trials failed, and not through their settings" in said
+    assert "4 refused, 3 failed" in said
+    assert study.decision is not None  # a usable answer whenever it stops
+    assert study.decision.outcome == "no_improvement"
+
+
+def test_running_a_finished_study_again_measures_nothing_and_more_trials_go_on(tmp_path: Path) -> None:
+    settings, wide = with_study(config(tmp_path), trials=2), space(threads=(1, 2, 3, 4, 5, 6, 7, 8))
+    _, _, first = run(settings, chosen=wide)
+    again = Simulated()
+    code, said, second = run(settings, again, wide)
+    assert (code, again.ran) == (0, [])
+    assert second.decision == first.decision
+    assert said.strip().splitlines()[-1].startswith(str(first.folder / "artifact"))
+    more = Simulated()
+    _, _, third = run(with_study(settings, trials=4), more, wide)
+    assert [o.role for o in more.ran].count("sampled") == 2
+    assert [t.number for t in third.trials] == [0, 1, 2, 3, 4, 5]
+    assert third.trials[:4] == first.trials
+
+
+def test_a_changed_study_is_not_continued_unless_told(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run(settings)
+    changed = replace(settings, measure=replace(settings.measure, rate_rps=50.0))
+    with pytest.raises(UserError, match=r"(?s)measure\.rate_rps: was 100\.0, is 50\.0.*study\.resume=force") as caught:
+        run(changed)
+    assert "workload" not in str(caught.value)
+    with pytest.raises(UserError, match=r"holds a study already; choose another study\.name"):
+        run(with_study(settings, resume="never"))
+    code, _, study = run(with_study(changed, resume="force"))
+    assert code == 0
+    assert study.record.rate_rps == 50.0
+    assert study.record.fixed["measure.rate_rps"] == "50.0"
+
+
+def test_goals_that_cannot_be_met_end_before_the_first_trial(tmp_path: Path) -> None:
+    launcher = Simulated()
+    with pytest.raises(UserError, match=r"'latency_ms/p42', which nothing measures"):
+        run(replace(config(tmp_path), goal=GoalConfig(objectives=["latency_ms/p42"])), launcher)
+    assert launcher.ran == []
+
+
+def test_a_baseline_that_cannot_run_is_said_plainly(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the baseline \(fake with its defaults\) cannot be measured: planted: refuse"):
+        run(config(tmp_path), Simulated(broken=("baseline",)))
+
+
+def test_engines_that_do_not_exist_are_skipped_with_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none of the engines warp can run here"):
+        run(replace(config(tmp_path), backends={"warp": {}}))
+    _, said, study = run(replace(config(tmp_path, "two"), backends={"warp": {}, "fake": {}}))
+    assert study.record.skipped == {"warp": "there is no engine of this name"}
+    assert "engine warp is skipped: there is no engine of this name" in said
+
+
+def test_an_interrupt_ends_the_search_and_not_the_study(tmp_path: Path) -> None:
+    class Impatient(Simulated):
+        def trial(self, folder: Path, python: str = "") -> object:  # type: ignore[override]
+            if len(self.ran) == 4:
+                self.ran.append(self.ran[0])
+                raise KeyboardInterrupt
+            return super().trial(folder, python)
+
+    settings, wide = with_study(config(tmp_path), trials=6), space(threads=(1, 2, 3, 4, 5, 6, 7, 8))
+    code, said, study = run(settings, Impatient(), wide)
+    assert code == 0
+    assert "the search was stopped; confirming the best so far" in said
+    assert study.decision is not None
+    assert study.decision.outcome == "improved"
+    assert [t.outcome for t in study.trials] == [Outcome.MEASURED] * 4 + [None]
+    # The same command goes on with the very point that was cut off.
+    cut = study.trials[4].order
+    rest = Simulated()
+    _, _, study = run(settings, rest, wide)
+    assert rest.ran[0] == cut
+    assert sum(t.order.role == "sampled" for t in study.trials) == 6
+    assert all(t.outcome is Outcome.MEASURED for t in study.trials)
+
+
+def test_a_study_over_its_minutes_stops(tmp_path: Path) -> None:
+    _, said, study = run(with_study(config(tmp_path), trials=50, minutes=0.0001), Simulated(delay_s=0.01))
+    assert "the search's 0.0001 minutes are over after" in said
+    assert study.decision is not None
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from tests.pipeline.fake_study import Simulated, config, space
+from tests.pipeline.test_tune import with_study
+from pipeline.tune import tune
+settings = with_study(config(Path(sys.argv[1])), trials=6)
+tune(settings, "study: {}", spaces={"fake": space(threads=(1, 2, 3, 4, 5, 6, 7, 8))}, launcher=Simulated(delay_s=float(sys.argv[2])))
+"""
+
+
+def start(root: Path, delay_s: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", DRIVER, str(root), str(delay_s)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "COLUMNS": "200"})
+
+
+def wait_for(path: Path, seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} never came"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("moment", ["trials/0001/candidate.json", "trials/0004/candidate.json", "confirm/01/candidate.json"])
+def test_kill_9_loses_no_finished_trial(tmp_path: Path, moment: str) -> None:
+    config(tmp_path)
+    folder = tmp_path / "runs" / "fake"
+    parent = start(tmp_path, 0.3)
+    wait_for(folder / moment)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    before = {p: (p.stat().st_mtime_ns, p.read_text()) for p in folder.glob("*/*/result.json")}
+    assert len(before) >= int(moment.split("/")[1])
+    finished = start(tmp_path, 0.0)
+    said, _ = finished.communicate(timeout=120)
+    assert finished.returncode == 0, said
+    assert {p: (p.stat().st_mtime_ns, p.read_text()) for p in before} == before
+    study = read_study(folder)
+    assert [t.number for t in study.trials] == list(range(8))
+    assert all(t.outcome is Outcome.MEASURED for t in study.trials)
+    assert len({json.dumps(dict(t.order.settings), sort_keys=True) for t in study.trials if t.order.role != "noise"}) == 7
+    assert study.decision is not None
+    artifact.verify(folder / "artifact")
+
+
+def test_two_processes_cannot_run_one_study(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    other = start(tmp_path, 5.0)
+    try:
+        wait_for(tmp_path / "runs" / "fake" / "trials" / "0000" / "candidate.json")
+        with pytest.raises(UserError, match=rf"study 'fake' is being run by process {other.pid}; wait for it, or take another name"):
+            run(settings)
+        code, _, _ = run(config(tmp_path, "another"))  # two studies side by side are fine
+        assert code == 0
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_real_children_crash_hang_and_eat_memory(tmp_path: Path) -> None:
+    """No simulation: each fault is a process that really dies, and the study ends with what was left."""
+    presets = tuple({"engine.fault": fault, "engine.threads": 5} for fault in ("none", "segfault", "hang", "memory"))
+    settings = with_study(config(tmp_path), trials=4, deadline_s=8.0, memory_mib=600.0)
+    said = io.StringIO()
+    chosen = space(faults=("none", "segfault", "hang", "memory"), presets=presets)
+    # The machine that runs tests is shared, so one window may fail without meaning anything here.
+    settings = replace(settings, measure=replace(settings.measure, rate_rps=40.0))
+    tune(settings, "study: {}\n", spaces={"fake": chosen}, console=Console(file=said, width=250))
+    study = read_study(tmp_path / "runs" / "fake")
+    by_fault = {t.order.settings["engine.fault"]: t for t in study.trials if t.order.role == "preset"}
+    assert by_fault["none"].outcome is Outcome.MEASURED, said.getvalue()
+    for fault, word in (("segfault", "SIGSEGV"), ("hang", "took longer than 8 s"), ("memory", "needed more memory than 600 MiB")):
+        measurement = by_fault[fault].measurement
+        assert measurement is not None
+        assert (measurement.outcome, word in measurement.reason) == (Outcome.INFEASIBLE, True), measurement
+    assert study.decision is not None
+    artifact.verify(study.folder / "artifact")
