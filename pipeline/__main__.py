@@ -6,8 +6,9 @@ without a traceback (exit 2); anything else that escapes is a bug of ours and ke
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from pipeline.errors import AutotuneError, UserError
 if TYPE_CHECKING:
     from pipeline.terminal import View
 
+ROOT = Path(__file__).resolve().parents[1]
+
 Door = Callable[[Sequence[str]], int]
 
 
@@ -23,11 +26,12 @@ def data(arguments: Sequence[str]) -> int:
     """Prepare the data set and print its users, split and rates."""
     from pipeline import stages
     from pipeline.config import compose
+    from pipeline.terminal import print_table
 
     config, _ = compose(arguments, "data")
     with _view("data") as view, view.stage("data"):
         prepared = stages.prepare(config, view.line)
-    _print(prepared.summary)
+    print_table("data", prepared.summary)
     print(prepared.folder)
     return 0
 
@@ -36,6 +40,8 @@ def train(arguments: Sequence[str]) -> int:
     """Train a checkpoint, resumable, logged to MLflow. Use train=full for the long schedule."""
     from pipeline import stages
     from pipeline.config import compose
+    from pipeline.terminal import print_table
+    from pipeline.tracking import default_uri, log_training
 
     config, _ = compose(arguments, "train")
     with _view("data", "training") as view:
@@ -43,7 +49,12 @@ def train(arguments: Sequence[str]) -> int:
             prepared = stages.prepare(config, view.line)
         with view.stage("training"):
             checkpoint = stages.train(config, prepared, view.line)
-    _print(checkpoint.metrics)
+    if config.tracking.enabled:
+        uri = config.tracking.uri or default_uri(Path(config.paths.runs))
+        name = f"{config.data.get('name', '')} {config.model.get('size', '')}"
+        parameters = {f"{section}.{key}": value for section in ("data", "model", "train") for key, value in getattr(config, section).items()}
+        log_training(name, parameters, checkpoint.metrics, [checkpoint.folder / "config.json"], uri, config.tracking.experiment)
+    print_table("training", checkpoint.metrics)
     print(checkpoint.folder)
     return 0
 
@@ -70,6 +81,62 @@ def tune(arguments: Sequence[str]) -> int:
     return tune(config, text)
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """Measure the engines at their defaults and the pinned settings, as a trial does."""
+    from pipeline.bench import bench
+    from pipeline.config import compose
+    from pipeline.contracts import Outcome
+    from pipeline.terminal import print_table
+
+    config, _ = compose(arguments, "bench")
+    with _view("bench") as view, view.stage("bench"):
+        found = bench(config, view.line)
+    for backend, measurement in found.items():
+        print_table(f"{backend}: {measurement.outcome} {measurement.reason}".rstrip(), measurement.metrics)
+    return 0 if all(m.outcome is Outcome.MEASURED for m in found.values()) else 1
+
+
+def confirm(arguments: Sequence[str]) -> int:
+    """Measure a finished study's winner against its baseline again, in fresh processes; takes the study's own overrides."""
+    from pipeline.config import compose
+    from pipeline.tune import reconfirm
+
+    config, text = compose(arguments, "confirm")
+    return reconfirm(config, text)
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write the report of a study again, finished or not (study.name=...)."""
+    from pipeline import report as reports
+    from pipeline.config import compose
+
+    config, _ = compose(arguments, "report")
+    print(reports.write(Path(config.paths.runs) / config.study.name, Path(config.paths.reports) / config.study.name))
+    return 0
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Copy an artifact and verify the copy: export ARTIFACT DESTINATION."""
+    from pipeline import artifact
+
+    if len(arguments) != 2:
+        raise UserError(
+            f"export takes two paths, ARTIFACT and DESTINATION, got {len(arguments)}: python -m pipeline export runs/movielens/artifact DESTINATION"
+        )
+    copied = artifact.export(Path(arguments[0]), Path(arguments[1]))
+    for line in artifact.differences(artifact.read_manifest(copied)):
+        print(f"measured elsewhere: {line}")
+    print(copied)
+    return 0
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve an artifact over HTTP: serve ARTIFACT [HOST] [PORT]."""
+    # In its own process, because this one may not load engines.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
+    os.execve(sys.executable, [sys.executable, "-m", "pipeline.serve", *arguments], environment)
+
+
 def doctor(arguments: Sequence[str]) -> int:
     """Say what this machine can run and how to get the rest."""
     from rich.console import Console
@@ -92,17 +159,9 @@ def _view(*stages: str) -> View:
     return View(stages)
 
 
-def _print(figures: Mapping[str, object], indent: str = "") -> None:
-    """Nested figures as lines, floats to four digits."""
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            print(f"{indent}{name}:")
-            _print(value, indent + "  ")
-        else:
-            print(f"{indent}{name}: {f'{value:.4g}' if isinstance(value, float) else value}")
-
-
-COMMANDS: dict[str, Door] = {f.__name__: f for f in (data, train, quantize, tune, doctor)}
+COMMANDS: dict[str, Door] = {f.__name__: f for f in (data, train, quantize, tune, bench, confirm, export, serve, report, doctor)}
+PLAIN = ("export", "serve")
+"""Commands that take paths, not overrides."""
 
 
 def overrides_help() -> str:
@@ -122,7 +181,9 @@ def usage() -> str:
     """The list of commands."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {(door.__doc__ or '').splitlines()[0]}" for name, door in COMMANDS.items()]
-    return "\n".join(["usage: python -m pipeline COMMAND [group=choice] [group.key=value] ...", "", *lines, "", "COMMAND --help lists its overrides."])
+    return "\n".join(
+        ["usage: python -m pipeline COMMAND [group=choice] [group.key=value] ...", "", *lines, "", "COMMAND --help lists its overrides."]
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -136,7 +197,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"'{word}' is not a command\n\n{usage()}", file=sys.stderr)
         return 2
     if any(argument in ("-h", "--help") for argument in rest):
-        print(f"python -m pipeline {word} [overrides]\n\n{door.__doc__}\n\n{overrides_help()}")
+        print(f"python -m pipeline {word}\n\n{door.__doc__}" + ("" if word in PLAIN else f"\n\n{overrides_help()}"))
         return 0
     try:
         return door(rest)
