@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-HARMLESS_THROTTLE = 0x1 | 0x2
-"""NVML's 'GPU idle' and 'clocks set by the user': not signs of heat, power or another's work."""
+HARMLESS_THROTTLE = 0x1 | 0x2 | 0x4
+"""NVML's 'GPU idle', 'clocks set by the user' and 'power cap in software'. The last is a property of the load and not a disturbance: under
+matrix products an H200 sits at its power limit all the time (689 W). Heat and hardware slowdowns remain."""
 
 
 @dataclass(frozen=True, kw_only=True)

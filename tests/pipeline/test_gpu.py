@@ -42,12 +42,12 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_state_is_read_in_plain_units_and_the_library_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     process, memory = types.SimpleNamespace(pid=7), types.SimpleNamespace(used=3 * 2**30)
     nvml = fake_nvml(
-        ClockInfo=1980, CurrentClocksThrottleReasons=0x1 | 0x40, PowerUsage=350_500, MemoryInfo=memory, ComputeRunningProcesses=[process]
+        ClockInfo=1980, CurrentClocksThrottleReasons=0x1 | 0x4 | 0x40, PowerUsage=350_500, MemoryInfo=memory, ComputeRunningProcesses=[process]
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     (state,) = gpu.read()
     assert (state.sm_clock_mhz, state.power_w, state.memory_used_mib, state.processes) == (1980, 350.5, 3072.0, frozenset({7}))
-    assert state.throttle == 0x40  # idling is no throttling
+    assert state.throttle == 0x40  # idling is no throttling, nor is a load that reaches the power limit
     assert state.temperature_c == 0  # this one does not tell
     assert nvml.closed == [True]
 
