@@ -106,14 +106,14 @@ def make_world(rng: np.random.Generator, users: int, items: int) -> World:
         segment=segment,
         budget=rng.integers(BUDGETS, size=users),
         tier=tier,
-        taste=2 * np.pi * segment / GROUPS + rng.normal(scale=0.2, size=users),
-        taste_drift=rng.normal(scale=0.1, size=users),
-        warmth=rng.normal(scale=0.5, size=users),
+        taste=2 * np.pi * segment / GROUPS + rng.normal(scale=0.1, size=users),
+        taste_drift=rng.normal(scale=0.05, size=users),
+        warmth=rng.normal(scale=0.4, size=users),
         loyalty=1.2 * (tier - (TIERS - 1) / 2) + rng.normal(scale=0.2, size=users),
         begin_s=START_S + rng.integers(SPAN_S, size=users),
         category=category,
         price=rng.integers(PRICES, size=items),
-        place=2 * np.pi * category / GROUPS + rng.normal(scale=0.2, size=items),
+        place=2 * np.pi * category / GROUPS + rng.normal(scale=0.1, size=items),
         quality=rng.normal(scale=0.7, size=items),
         season=rng.uniform(0, 2 * np.pi, size=items),
         early=_cumulative(np.exp(appeal)),
@@ -155,7 +155,7 @@ def generate(
     item[:] = chosen + 1
 
     fit = np.cos(world.taste[user] + world.taste_drift[user] * moment - world.place[chosen])
-    quality = world.quality[chosen] + 0.2 * np.sin(2 * np.pi * moment + world.season[chosen])
+    quality = world.quality[chosen] + 0.1 * np.sin(2 * np.pi * moment + world.season[chosen])
     warmth = world.warmth[user]
     budget = world.budget[user] / (BUDGETS - 1) - 0.5
     price = world.price[chosen] / (PRICES - 1) - 0.5
