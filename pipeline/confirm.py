@@ -51,9 +51,9 @@ class Windows:
         common = set.intersection(*(set(r.metrics) for r in self.records))
         return {name: self.value(name) for name in sorted(common)}
 
-    def draws(self, metric: str, rng: np.random.Generator, count: int = RESAMPLES) -> FloatArray:
-        """[count] bootstrap figures: windows are drawn, then samples within each, because windows differ by more than their samples do."""
-        drawn = rng.integers(len(self.records), size=(count, len(self.records)))
+    def draws(self, metric: str, rng: np.random.Generator) -> FloatArray:
+        """[RESAMPLES] bootstrap figures: windows are drawn, then samples within each, because windows differ by more than their samples do."""
+        drawn = rng.integers(len(self.records), size=(RESAMPLES, len(self.records)))
         if metric.startswith(LATENCY):
             return np.concatenate([statistic(metric, self._pools(part, rng)) for part in np.array_split(drawn, CHUNKS)])
         values = np.array([r.metrics[metric] for r in self.records])
