@@ -40,7 +40,7 @@ ENGINE_PHASES = ("build", "load", "parity", "quality", "warmup", "peak", "window
 
 _WATCHDOG = """
 read group; cat > /dev/null
-[ -n "$group" ] && kill -9 -- "-$group"
+[ -n "$group" ] && kill -9 "-$group"
 for found in $(grep -ls -- "$1" /proc/[0-9]*/environ); do found=${found#/proc/}; kill -9 "${found%/environ}"; done
 """
 

@@ -140,6 +140,19 @@ def test_nothing_survives_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert until(lambda: gone(daemon_pid(tmp_path / "t")) and all(gone(child.pid) for child in children))
 
 
+def test_a_child_that_shed_its_environment_dies_with_the_parent_too(tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text(
+        "import os, sys, time\nif len(sys.argv) == 1: os.execve(sys.executable, [sys.executable, __file__, 'again'], {})\n"
+        "print('daemon', os.getpid(), flush=True)\ntime.sleep(600)\n"
+    )
+    parent = f"from pathlib import Path; from pipeline.runner import run_child; run_child(['bare'], Path({str(tmp_path / 't')!r}), 600)"
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert until(lambda: daemon_pid(tmp_path / "t"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert until(lambda: gone(daemon_pid(tmp_path / "t")))
+
+
 def test_an_interrupted_parent_takes_its_child_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sleeper.py").write_text("import os, time; print('daemon', os.getpid(), flush=True); time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

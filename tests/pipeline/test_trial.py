@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.contracts import Outcome
+from pipeline import trial
+from pipeline.backends import registry
+from pipeline.backends.fake import Fake
+from pipeline.contracts import Outcome, Session, Settings
 from pipeline.errors import MachineError, SettingsError
 from pipeline.launcher import LocalLauncher
 from pipeline.records import read_trial
 from pipeline.requests import load_requests
+from pipeline.runner import MARKER
 from pipeline.trial import ignored, sorted_by_fault
 from tests.pipeline.trial_folder import make_trial
 
@@ -85,6 +89,25 @@ def test_an_engine_whose_scores_changed_is_infeasible(root: Path) -> None:
     found = launcher(root).trial(make_trial(root, {"engine.fault": "scores"}, name="0005"))
     assert found.outcome is Outcome.INFEASIBLE
     assert "parity" in found.reason
+
+
+def test_an_engine_that_ignores_a_knob_is_infeasible(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deaf(Fake):
+        """Reports one thread whatever it was asked."""
+
+        def load(self, folder: Path, settings: Settings) -> Session:
+            session = super().load(folder, settings)
+            session.effective = {**session.effective, "engine.threads": 1}
+            return session
+
+    monkeypatch.setattr(registry, "get", lambda name: Deaf())
+    monkeypatch.setenv(MARKER, "in this process")
+    folder = make_trial(root, {"engine.threads": 2}, name="0008")
+    assert trial.main([str(folder)]) == 0
+    found = read_trial(folder).measurement
+    assert found is not None
+    assert found.outcome is Outcome.INFEASIBLE
+    assert found.reason == "fake does not run as asked: engine.threads was asked to be 2 and is 1"
 
 
 def test_a_bug_of_ours_is_failed_with_its_traceback_in_the_log(root: Path) -> None:
