@@ -246,18 +246,18 @@ def test_two_processes_cannot_run_one_study(tmp_path: Path) -> None:
         other.communicate()
 
 
-def test_real_children_crash_hang_and_eat_memory(tmp_path: Path) -> None:
+def test_real_children_crash_and_eat_memory(tmp_path: Path) -> None:
     """No simulation: each fault is a process that really dies, and the study ends with what was left."""
-    presets = tuple({"engine.fault": fault, "engine.threads": 5} for fault in ("none", "segfault", "hang", "memory"))
-    settings = with_study(config(tmp_path), trials=4, deadline_s=10.0, memory_mib=600.0)
+    presets = tuple({"engine.fault": fault, "engine.threads": 5} for fault in ("none", "segfault", "memory"))
+    settings = with_study(config(tmp_path), trials=3, memory_mib=600.0)
     said = io.StringIO()
-    chosen = space(faults=("none", "segfault", "hang", "memory"), presets=presets)
+    chosen = space(faults=("none", "segfault", "memory"), presets=presets)
     settings = replace(settings, measure=replace(settings.measure, rate_rps=150.0))
     tune(settings, "study: {}\n", spaces={"fake": chosen}, console=Console(file=said, width=250))
     study = read_study(tmp_path / "runs" / "fake")
     by_fault = {t.order.settings["engine.fault"]: t for t in study.trials if t.order.role == "preset"}
     assert by_fault["none"].outcome is Outcome.MEASURED, said.getvalue()
-    for fault, word in (("segfault", "SIGSEGV"), ("hang", "took longer than 10 s"), ("memory", "needed more memory than 600 MiB")):
+    for fault, word in (("segfault", "SIGSEGV"), ("memory", "needed more memory than 600 MiB")):
         measurement = by_fault[fault].measurement
         assert measurement is not None
         assert (measurement.outcome, word in measurement.reason) == (Outcome.INFEASIBLE, True), measurement
