@@ -33,8 +33,8 @@ Say = Callable[[str], None]
 BACKLOG_S, BACKLOG_SHARE = 1.0, 0.1
 """The open loop stops when more requests wait than arrive in this time, or than this share of the window's: a queue that long has no steady
 state, and its percentiles would tell the window's length."""
-BACKLOG_LEAST = 32
-"""Fewer waiting requests than this are no backlog at any rate."""
+BACKLOG_LEAST = 64
+"""So many waiting requests are no backlog at any rate: a pre-roll is a burst of as many at most."""
 DRAIN_S = 60.0
 LATE_MS, LATE_SHARE = 2.0, 0.1
 """The sender's p99 lateness may be this long, or this share of the latency's p99 if that is longer."""
