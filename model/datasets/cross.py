@@ -30,7 +30,7 @@ RESIDUAL_UNIT = 1 << 20
 
 def names(log: EventLog) -> tuple[str, ...]:
     """Columns of `Statistics.features`, without the source's own dense columns."""
-    heads = log.heads
+    heads, prompt = log.heads, [HEADS[head] for head in prompt_heads(log)]
     return (
         "user_item_count",
         "user_item_recency",
@@ -38,12 +38,13 @@ def names(log: EventLog) -> tuple[str, ...]:
         "user_category_recency",
         "user_category_share",
         *(f"user_category_rate/{head}" for head in heads),
+        *(f"user_{feature.name}_rate/{head}" for feature in log.item_features if feature.name != log.category for head in prompt),
         "item_count",
         "item_recent_count",
         "item_trend",
         "item_age",
         *(f"item_rate/{head}" for head in heads),
-        "item_residual",
+        *(f"item_residual/{head}" for head in prompt),
         "user_count",
         "user_week_count",
         "user_gap",
@@ -53,8 +54,13 @@ def names(log: EventLog) -> tuple[str, ...]:
         "session_pause",
         "sessions",
         *(f"user_rate/{head}" for head in heads),
-        "user_residual",
+        *(f"user_residual/{head}" for head in prompt),
     )
+
+
+def prompt_heads(log: EventLog) -> list[int]:
+    """Columns of the heads whose answer comes with the event itself."""
+    return [HEADS.index(head) for head in log.heads if not log.horizon_s[HEADS.index(head)]]
 
 
 class Statistics:
@@ -67,8 +73,7 @@ class Statistics:
         self.end = int(log.time.max()) + 1
         self.columns = names(log)
         self.heads = [HEADS.index(head) for head in log.heads]
-        self.category = log.item_category
-        self.categories = int(self.category.max()) + 1
+        self.prompt = prompt_heads(log)
 
     def features(
         self, user: NDArray[np.integer], item: NDArray[np.integer], time: Ints, out: NDArray[np.float32] | None = None
@@ -88,27 +93,32 @@ class Statistics:
         self._user_history(out, by_user, ranges, user, time)
         self._rates(out, "user_rate", by_user, ranges, log.user, user, time, prior, sessions=True)
         by_item = self._index(log.item, log.time)
-        self._residual(out, "user_residual", by_user, ranges, log.user, user, time, by_item, log.item)
+        self._residual(out, "user_residual", by_user, ranges, by_item, log.item)
         ranges = by_item.ranges(item, time)
         self._item_history(out, by_item, ranges, item, time)
         self._rates(out, "item_rate", by_item, ranges, log.item, item, time, prior)
-        self._residual(out, "item_residual", by_item, ranges, log.item, item, time, by_user, log.user)
+        self._residual(out, "item_residual", by_item, ranges, by_user, log.user)
         del by_user, by_item
 
         for column, head in enumerate(self.heads):
             prior[:, column] = 1 / (1 + np.exp(-out[:, self._at(f"user_rate/{HEADS[head]}")]))
-        key, asked = self._category_key(log.user, log.item), self._category_key(user, item)
-        by_category = self._index(key, log.time)
-        ranges = by_category.ranges(asked, time)
-        self._category_history(out, by_category, ranges, time)
-        self._rates(out, "user_category_rate", by_category, ranges, key, asked, time, prior)
+        for number, feature in enumerate(log.item_features):
+            key, asked = self._group_key(number, log.user, log.item), self._group_key(number, user, item)
+            by_group = self._index(key, log.time)
+            ranges = by_group.ranges(asked, time)
+            if feature.name == log.category:
+                self._category_history(out, by_group, ranges, time)
+                self._rates(out, "user_category_rate", by_group, ranges, key, asked, time, prior)
+            else:
+                self._rates(out, f"user_{feature.name}_rate", by_group, ranges, key, asked, time, prior, heads=self.prompt)
         return out
 
     def _at(self, name: str) -> int:
         return self.columns.index(name)
 
-    def _category_key(self, user: NDArray[np.integer], item: NDArray[np.integer]) -> Ints:
-        return user.astype(np.int64) * self.categories + self.category[item]
+    def _group_key(self, feature: int, user: NDArray[np.integer], item: NDArray[np.integer]) -> Ints:
+        """A key for each pair of a user and a value of an item feature."""
+        return user.astype(np.int64) * self.log.item_features[feature].rows + self.log.item_table[item, feature]
 
     def _pair_key(self, user: NDArray[np.integer], item: NDArray[np.integer]) -> Ints:
         return user.astype(np.int64) * (self.log.items + 1) + item
@@ -197,10 +207,11 @@ class Statistics:
         time: Ints,
         prior: NDArray[np.float32],
         sessions: bool = False,
+        heads: list[int] | None = None,
     ) -> None:
-        for column, head in enumerate(self.heads):
+        for head in self.heads if heads is None else heads:
             answers = self._answers(head, index, ranges, key, asked, time)
-            rate = self._rate(head, *answers, prior[:, column], STRENGTH, sessions)
+            rate = self._rate(head, *answers, prior[:, self.heads.index(head)], STRENGTH, sessions)
             out[:, self._at(f"{name}/{HEADS[head]}")] = np.log(rate / (1 - rate))
 
     def _answers(
@@ -234,24 +245,20 @@ class Statistics:
         name: str,
         index: Index,
         ranges: Ranges,
-        key: NDArray[np.integer],
-        asked: NDArray[np.integer],
-        time: Ints,
         other_index: Index,
         other: NDArray[np.integer],
     ) -> None:
-        """Mean of (answer - what the other side's rate foretold) of the first head: users freed of their items' quality, and the reverse."""
-        log, head = self.log, self.heads[0]
-        own_prior = self._prior(log.time)[:, 0]
-        foretold = self._rate(
-            head, *self._answers(head, other_index, other_index.ranges(other, log.time), other, other, log.time), own_prior, STRENGTH
-        )
-        # Integers add up exactly in any order: a sum over the past then never depends on what else is in the log.
-        residual = np.round((log.labels[:, head] - foretold.astype(np.float64)) * RESIDUAL_UNIT).astype(np.int64) * log.known[:, head]
-        index, ranges = self._answers(head, index, ranges, key, asked, time)
-        sums, known = index.running(residual), index.running(log.known[:, head])
-        for block in blocks(len(time)):
-            self._write(out, block, {name: 2 * ranges.sums(sums, block) / RESIDUAL_UNIT / (ranges.sums(known, block) + STRENGTH)})
+        """Mean of (answer - what the other side's rate foretold): users freed of their items' quality, and the reverse. Prompt heads only."""
+        log, log_prior = self.log, self._prior(self.log.time)
+        of_others = other_index.ranges(other, log.time)
+        for head in self.prompt:
+            foretold = self._rate(head, other_index, of_others, log_prior[:, self.heads.index(head)], STRENGTH)
+            # Integers add up exactly in any order: a sum over the past then never depends on what else is in the log.
+            residual = np.round((log.labels[:, head] - foretold.astype(np.float64)) * RESIDUAL_UNIT).astype(np.int64) * log.known[:, head]
+            sums, known = index.running(residual), index.running(log.known[:, head])
+            for block in blocks(len(ranges.start)):
+                mean = 2 * ranges.sums(sums, block) / RESIDUAL_UNIT / (ranges.sums(known, block) + STRENGTH)
+                self._write(out, block, {f"{name}/{HEADS[head]}": mean})
 
     def _write(self, out: NDArray[np.float32], block: slice, columns: dict[str, NDArray[Any]]) -> None:
         for name, values in columns.items():

@@ -44,8 +44,8 @@ def make_log(raw: dict[str, np.ndarray], users: int = 6, items: int = 12) -> Eve
         horizon_s=(0, 0, WITHIN_S, 0),
         user_features=(Feature(name="age", rows=4),),
         user_table=(np.arange(users)[:, None] % 4).astype(np.int32),
-        item_features=(Feature(name="category", rows=4),),
-        item_table=category,
+        item_features=(Feature(name="category", rows=4), Feature(name="era", rows=6)),
+        item_table=np.concatenate([category, np.append(0, 1 + np.arange(items) // 2 % 5)[:, None]], axis=1).astype(np.int32),
         category="category",
         source={"name": "random"},
     )

@@ -77,7 +77,6 @@ class Oracle:
             "item_recent_count": np.log1p(recent) / 5,
             "item_trend": np.log((recent + 1) / (len(i) + 1)) / 3,
             "item_age": np.log1p((time - i[0]) / DAY) / 5 if len(i) else 0,
-            "item_residual": self.residual(by_item, log.user, heads[0], time),
             "user_count": np.log1p(len(u)) / 5,
             "user_week_count": np.log1p((u >= time - 7 * DAY).sum()) / 5,
             "user_gap": fresh(time - u[-1]) if len(u) else 0,
@@ -86,7 +85,6 @@ class Oracle:
             "session_age": np.log1p(time - session[0]) / 8 if going_on else 0,
             "session_pause": pause,
             "sessions": np.log1p(sessions) / 3,
-            "user_residual": self.residual(by_user, log.item, heads[0], time),
         }
         for head in heads:
             name, prior = HEADS[head], self.prior(head, time)
@@ -94,6 +92,12 @@ class Oracle:
             out[f"user_rate/{name}"] = logit(mine)
             out[f"item_rate/{name}"] = logit(self.rate(head, by_item, time, prior))
             out[f"user_category_rate/{name}"] = logit(self.rate(head, by_category, time, mine))
+            if log.horizon_s[head]:
+                continue
+            out[f"item_residual/{name}"] = self.residual(by_item, log.user, head, time)
+            out[f"user_residual/{name}"] = self.residual(by_user, log.item, head, time)
+            by_era = by_user & (log.item_table[log.item, 1] == log.item_table[item, 1])
+            out[f"user_era_rate/{name}"] = logit(self.rate(head, by_era, time, mine))
         return out
 
 

@@ -74,7 +74,7 @@ def test_samples_against_a_loop(dataset: Dataset, log: EventLog) -> None:
                 item = int(log.item[row])
                 assert request.events[place, 0] == (item if item in seen_items else 0)
                 assert request.events[place, 1] == log.item_category[item]
-                assert request.events[place, 2] == log.action[row]
+                assert request.events[place, 3] == log.action[row]
             for place, row in enumerate(range(start, stop)):
                 assert request.visible[place] == earlier[row - start] - (chunk - first)
                 assert sample.time[place] == log.time[row]
@@ -88,8 +88,8 @@ def test_samples_against_a_loop(dataset: Dataset, log: EventLog) -> None:
 
 def test_candidates_and_history_share_the_item_tables(dataset: Dataset) -> None:
     schema = dataset.schema
-    assert [f.name for f in schema.event] == ["item", "category", "action", "gap"]
-    assert schema.candidate == schema.event[:2]
+    assert [f.name for f in schema.event] == ["item", "category", "era", "action", "gap"]
+    assert schema.candidate == schema.event[:3]
     assert schema.heads == ("recommendation", "engagement", "retention")
 
 
