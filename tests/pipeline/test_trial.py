@@ -118,7 +118,7 @@ def test_a_bug_of_ours_is_failed_with_its_traceback_in_the_log(root: Path) -> No
 
 
 def test_too_much_load_is_infeasible_and_stops_early(root: Path) -> None:
-    found = launcher(root).trial(make_trial(root, {}, name="0007", rate_rps=20_000.0))
+    found = launcher(root).trial(make_trial(root, {"serve.max_batch_tokens": 64, "serve.queue_limit": 16}, name="0007", rate_rps=20_000.0))
     assert found.outcome is Outcome.INFEASIBLE
     assert found.reason.startswith("overloaded at 1")  # 20,000 nominal; these 120 arrivals are a little slower
 
