@@ -182,7 +182,7 @@ def test_batcher_knobs_are_shared_by_engines_and_others_are_not(tmp_path: Path) 
 
 
 def test_a_study_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
+    bench = Bench(tmp_path, sampler="random")
     first = bench.steps(4)
     bench.search = bench.open()
     rest = bench.steps(4)
@@ -190,6 +190,7 @@ def test_a_study_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     points = [dict(r.order.settings) for r in (*first, *rest)]
     assert all(points.count(point) == 1 for point in points)
     assert bench.search.done == 8
+    assert len(bench.memory) == 9  # nothing was drawn twice: the generator does not start again
 
 
 def test_a_point_that_was_cut_off_is_asked_for_again_in_its_folder(tmp_path: Path) -> None:
