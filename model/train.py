@@ -47,7 +47,7 @@ class TrainConfig:
     """Budget of training wall time, validations included, the last evaluation not; 0 means none. With one, weights depend on the machine's speed."""
     learning_rate: float = 2e-3
     """Peak rate of AdamW, for dense weights."""
-    table_rate: float = 2e-2
+    table_rate: float = 5e-2
     """Peak rate of row-wise Adagrad, for embedding tables."""
     weight_decay: float = 0.01
     """Of dense matrices, decoupled."""
@@ -61,7 +61,7 @@ class TrainConfig:
     """Most tokens of one step."""
     bucket: int = 16
     """Padded lengths inside a batch are multiples of this."""
-    unknown_share: float = 0.0
+    unknown_share: float = 0.1
     """Share of the ids of large tables shown as unknown during training: it regularises them and gives id 0 a meaning."""
     unknown_rows: int = 1000
     """Tables with more rows are large."""
