@@ -89,7 +89,17 @@ def calibrate(model: MTGR, recipe: Recipe, requests: Sequence[RankingRequest], p
     for name, module in model.named_modules():
         if name.endswith("_quantizer") and module.is_enabled and not _sound(module.amax):
             raise UserError(f"{name} must see finite values other than zero in calibration and saw none; use requests with a history and candidates")
+    _put_weights_on_their_grid(model)
     return model
+
+
+def _put_weights_on_their_grid(model: MTGR) -> None:
+    """Round the quantised weights for good. One that lay in the middle between two steps could otherwise fall to either side in an exported graph."""
+    with torch.no_grad():
+        for module in model.modules():
+            quantiser = getattr(module, "weight_quantizer", None)
+            if quantiser is not None and quantiser.is_enabled:
+                module.weight.copy_(quantiser(module.weight))
 
 
 def save_state(model: MTGR, path: Path) -> None:

@@ -172,6 +172,8 @@ class TuneConfig:
     """Knobs pinned to one value (+settings.engine.threads=1), out of the search."""
     checkpoint: str = ""
     """Folder of a trained checkpoint; empty means train one (or reuse the one trained with the same settings)."""
+    compare: bool = False
+    """Also train the comparison transformer and MTGR's ablations under the same budget, for the report's training table."""
     inputs: str = ""
     """Folder of request files made elsewhere (see `workload`), for traffic of your own; needs `checkpoint`. Empty means draw them from the data."""
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)

@@ -5,6 +5,7 @@
 | prepare | data | the data set, into FOLDER | summary |
 | inputs | data, workload | the six files of `workload`, into FOLDER | summary |
 | train | data, model, train | FOLDER/checkpoint | metrics, heads |
+| compare | data, model, train, checkpoint, rivals | finished rivals, into FOLDER/rivals | rows |
 | quantise | checkpoint, recipe, inputs | FOLDER/checkpoint | summary |
 | reference | checkpoint, inputs (FOLDER if left out), cache | FOLDER/reference.npz | summary |
 
@@ -65,6 +66,25 @@ def train(spec: Spec, folder: Path) -> dict[str, Any]:
     return {"metrics": metrics, "heads": list(open_dataset(Path(spec["data"])).schema.heads)}
 
 
+def compare(spec: Spec, folder: Path) -> dict[str, Any]:
+    """The trained checkpoint beside the regression, and, with `rivals`, beside models trained for comparison: rows of a table with intervals."""
+    from model import checkpoint
+    from model.compare import REGRESSION, RIVALS, table_row
+    from model.compare import compare as compare_models
+    from model.config import resolve
+    from model.datasets import open_dataset
+    from model.train import resolve_train, score
+
+    name, *rivals = RIVALS
+    config, dataset = resolve_train(spec["train"]), open_dataset(Path(spec["data"]))
+    samples = list(dataset.samples("test"))
+    progress(0.0, f"scoring the test events with {name}")
+    scores = score(checkpoint.load(Path(spec["checkpoint"])), samples, 4 * config.batch_tokens)
+    own = table_row(name, samples, scores, dataset.schema.heads)
+    names = (REGRESSION, *(rivals if spec["rivals"] else ()))
+    return {"rows": [own, *compare_models(config, resolve(spec["model"]), dataset.folder, folder / "rivals", progress, names)]}
+
+
 def quantise(spec: Spec, folder: Path) -> dict[str, Any]:
     """Calibrate, quantise and export."""
     from calibration.quantise import quantise as quantise_checkpoint
@@ -93,7 +113,7 @@ def reference(spec: Spec, folder: Path) -> dict[str, Any]:
             session.close()
 
 
-JOBS: dict[str, Callable[[Spec, Path], dict[str, Any]]] = {f.__name__: f for f in (prepare, inputs, train, quantise, reference)}
+JOBS: dict[str, Callable[[Spec, Path], dict[str, Any]]] = {f.__name__: f for f in (prepare, inputs, train, compare, quantise, reference)}
 
 
 def progress(share: float, text: str) -> None:

@@ -70,6 +70,22 @@ def train(config: TuneConfig, prepared: Prepared | None, on_line: Line | None = 
     return Checkpoint(folder=opened.folder, heads=opened.heads, model=opened.model, metrics=_read(folder)["metrics"])
 
 
+def comparison(config: TuneConfig, prepared: Prepared, checkpoint: Checkpoint, on_line: Line | None = None) -> list[dict[str, Any]]:
+    """Rows of the training table: this checkpoint, a logistic regression, and, with `compare`, rivals trained under the same budget."""
+    cache, launcher = _tools(config, on_line)
+    spec = {
+        "data": str(prepared.folder),
+        "model": config.model,
+        "train": config.train,
+        "checkpoint": str(checkpoint.folder),
+        "rivals": config.compare,
+    }
+    named = {"data": prepared.folder.name, "checkpoint": _weights(checkpoint.folder)}
+    key = cache.key({**spec, **named, "code": _code("model"), "fp": dict(fingerprint())})
+    folder = cache.folder("comparison", key, lambda out: _job(launcher, "compare", out, spec), resumable=True)
+    return list(_read(folder)["rows"])
+
+
 def requests(config: TuneConfig, prepared: Prepared | None, checkpoint: Checkpoint, on_line: Line | None = None) -> Path:
     """Folder of all request files and the reference scores of this checkpoint."""
     cache, launcher = _tools(config, on_line)

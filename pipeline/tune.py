@@ -55,6 +55,7 @@ FREE = (
     "study.max_",
     "tracking.",
     "paths.",
+    "compare",
 )
 """Configuration that may change between a start and a resume; all else would mix figures that do not compare."""
 ENGINES_S = 60.0
@@ -94,7 +95,7 @@ def tune(
             prepared = None if config.checkpoint and config.inputs else stages.prepare(config, view.line)
         with view.stage("training"):
             run.checkpoint = stages.train(config, prepared, view.line)
-            run.describe(prepared)
+            run.describe(prepared, stages.comparison(config, prepared, run.checkpoint, view.line) if prepared else [])
         with view.stage("requests"):
             run.inputs = stages.requests(config, prepared, run.checkpoint, view.line)
         with view.stage("quantisation"):
@@ -109,6 +110,17 @@ def tune(
             shipped = run.publish(decision)
     run.farewell(decision, shipped)
     return 1 if trouble else 0
+
+
+def reconfirm(config: TuneConfig, text: str, *, spaces: Mapping[str, Space] | None = None, console: Console | None = None) -> int:
+    """Throw away a study's decision and its windows, and confirm and publish anew without searching on. Raises UserError where there is none."""
+    folder = Path(config.paths.runs) / config.study.name
+    if read_decision(folder) is None:
+        raise UserError(f"{folder} holds no finished study; `python -m pipeline tune study.name={config.study.name}` makes or finishes one")
+    done = sum(trial.order.role in study.SEARCH_ROLES for trial in read_study(folder).trials)
+    (folder / "decision.json").unlink()
+    shutil.rmtree(folder / "confirm")
+    return tune(replace(config, study=replace(config.study, trials=max(1, done))), text, spaces=spaces, console=console)
 
 
 @dataclass(kw_only=True)
@@ -156,12 +168,10 @@ class _Run:
         if self.config.tracking.enabled:
             self.tracker = Tracker(self.config.tracking.uri, self.config.tracking.experiment, self.view.say)
 
-    def describe(self, prepared: stages.Prepared | None) -> None:
+    def describe(self, prepared: stages.Prepared | None, rows: list[dict[str, Any]]) -> None:
         """Write study.json, as soon as the goal can be checked against the heads there are."""
         assert self.checkpoint is not None
         self.goal = goals.goal_from(self.config.goal, self.checkpoint.heads)
-        metrics = dict(self.checkpoint.metrics)
-        test = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
         self.record = StudyRecord(
             name=self.config.study.name,
             created=self.record.created if self.record else time.time(),
@@ -171,7 +181,7 @@ class _Run:
             environment=fingerprint(),
             data=prepared.summary if prepared else {"name": self.config.inputs},
             model=self.checkpoint.model,
-            training={"metrics": metrics, "rows": [{"name": "MTGR", "metrics": test, "intervals": {}}]} if metrics else {},
+            training={"metrics": dict(self.checkpoint.metrics), "rows": rows} if rows else {},
             skipped=self.skipped,
             heads=self.checkpoint.heads,
             fixed=self._fixed(),
