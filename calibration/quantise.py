@@ -97,9 +97,10 @@ def _put_weights_on_their_grid(model: MTGR) -> None:
     """Round the quantised weights for good. One that lay in the middle between two steps could otherwise fall to either side in an exported graph."""
     with torch.no_grad():
         for module in model.modules():
-            quantiser = getattr(module, "weight_quantizer", None)
+            quantiser: Any = getattr(module, "weight_quantizer", None)
             if quantiser is not None and quantiser.is_enabled:
-                module.weight.copy_(quantiser(module.weight))
+                weight: Any = module.weight
+                weight.copy_(quantiser(weight))
 
 
 def save_state(model: MTGR, path: Path) -> None:

@@ -2,7 +2,8 @@
 
 One query path serves training and serving: `Statistics(log).features(user, item, time)` looks every figure up in sorted
 arrays, so a candidate of a request and an event of the log get the same numbers. Every transform is fixed (log1p, smoothed
-logit): nothing is fitted, so nothing later can leak in. Event columns such as ids are not made here.
+logit): nothing is fitted, so nothing later can leak in. Event columns such as ids are not made here. Columns that only grow with the
+calendar (ages of users and items, counts of sessions) are left out: in a split by time a model meets values it never trained on.
 """
 
 from __future__ import annotations
@@ -41,18 +42,12 @@ def names(log: EventLog) -> tuple[str, ...]:
         *(f"user_{feature.name}_rate/{head}" for feature in log.item_features if feature.name != log.category for head in prompt),
         "item_count",
         "item_recent_count",
-        "item_trend",
-        "item_age",
         *(f"item_rate/{head}" for head in heads),
         *(f"item_residual/{head}" for head in prompt),
         "user_count",
-        "user_week_count",
         "user_gap",
-        "user_age",
         "session_events",
         "session_age",
-        "session_pause",
-        "sessions",
         *(f"user_rate/{head}" for head in heads),
         *(f"user_residual/{head}" for head in prompt),
     )
@@ -90,7 +85,7 @@ class Statistics:
 
         by_user = self._index(log.user, log.time)
         ranges = by_user.ranges(user, time)
-        self._user_history(out, by_user, ranges, user, time)
+        self._user_history(out, by_user, ranges, time)
         self._rates(out, "user_rate", by_user, ranges, log.user, user, time, prior, sessions=True)
         by_item = self._index(log.item, log.time)
         self._residual(out, "user_residual", by_user, ranges, by_item, log.item)
@@ -136,13 +131,12 @@ class Statistics:
             out[:, column] = self._rate(head, *self._answers(head, index, ranges, everything, nothing, time), out[:, column], PRIOR_STRENGTH)
         return out
 
-    def _user_history(self, out: NDArray[np.float32], index: Index, ranges: Ranges, user: NDArray[np.integer], time: Ints) -> None:
+    def _user_history(self, out: NDArray[np.float32], index: Index, ranges: Ranges, time: Ints) -> None:
         log = self.log
         opens = np.ones(len(log), np.bool_)
         opens[1:] = (log.user[1:] != log.user[:-1]) | (np.diff(log.time) > SESSION_GAP_S)
         session = index.running(opens)  # a log is sorted by user and time: places are rows
         opening = np.flatnonzero(opens)
-        week = index.since(user, time - 7 * DAY_S, ranges)
         for block in blocks(len(time)):
             now, start, stop = time[block], ranges.start[block], ranges.stop[block]
             some = stop > start
@@ -150,31 +144,20 @@ class Statistics:
             gap = now - log.time[last]
             going_on = some & (gap <= SESSION_GAP_S)
             first = opening[session[last + 1] - 1]  # where the last event's session began
-            paused = some & (~going_on | (first > start))
-            pause = np.where(going_on, log.time[first] - log.time[np.maximum(first - 1, 0)], gap)
             columns = {
                 "user_count": np.log1p(stop - start) / 5,
-                "user_week_count": np.log1p(week[block]) / 5,
                 "user_gap": np.where(some, _freshness(gap), 0),
-                "user_age": np.where(some, np.log1p((now - log.time[np.minimum(start, len(log) - 1)]).clip(0) / DAY_S) / 5, 0),
                 "session_events": np.where(going_on, np.log1p(stop - first) / 4, 0),
                 "session_age": np.where(going_on, np.log1p((now - log.time[first]).clip(0)) / 8, 0),
-                "session_pause": np.where(paused, _freshness(pause), 0),
-                "sessions": np.log1p(session[stop] - session[start]) / 3,
             }
             self._write(out, block, columns)
 
     def _item_history(self, out: NDArray[np.float32], index: Index, ranges: Ranges, item: NDArray[np.integer], time: Ints) -> None:
-        recent_count = index.since(item, time - RECENT_S, ranges)
+        recent = index.since(item, time - RECENT_S, ranges)
         for block in blocks(len(time)):
-            now, start, recent = time[block], ranges.start[block], recent_count[block]
-            count = ranges.stop[block] - start
-            first = index.time_at(np.minimum(start, len(index.code) - 1))
             columns = {
-                "item_count": np.log1p(count) / 5,
-                "item_recent_count": np.log1p(recent) / 5,
-                "item_trend": np.log((recent + 1) / (count + 1)) / 3,
-                "item_age": np.where(count > 0, np.log1p((now - first).clip(0) / DAY_S) / 5, 0),
+                "item_count": np.log1p(ranges.stop[block] - ranges.start[block]) / 5,
+                "item_recent_count": np.log1p(recent[block]) / 5,
             }
             self._write(out, block, columns)
 

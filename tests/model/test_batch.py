@@ -18,9 +18,7 @@ def test_pack_agrees_with_a_loop_over_tokens(bucket: int) -> None:
     n_user_total, n_event_total = sum(len(r.user) for r in requests), sum(len(r.events) for r in requests)
     for index, request in enumerate(requests):
         static = len(request.user) + request.static_count
-        expected = []
-        for i in range(len(request.user)):
-            expected.append((USER, index * len(request.user) + i, static))
+        expected = [(USER, index * len(request.user) + i, static) for i in range(len(request.user))]
         for i in range(len(request.events)):
             is_static = i < request.static_count
             limit = static if is_static else len(request.user) + i + 1

@@ -55,17 +55,11 @@ class Oracle:
         by_category = by_user & (self.category[log.item] == self.category[item])
         u, i, c, p = (np.sort(log.time[before & mine]) for mine in (by_user, by_item, by_category, by_user & by_item))
         session = []
-        sessions = 0
         for index, now in enumerate(u):
             if index == 0 or now - u[index - 1] > 3600:
-                session, sessions, opened = [], sessions + 1, index
+                session = []
             session.append(now)
         going_on = len(u) > 0 and time - u[-1] <= 3600
-        pause = 0.0
-        if len(u) and not going_on:
-            pause = fresh(time - u[-1])
-        elif len(u) and opened:
-            pause = fresh(u[opened] - u[opened - 1])
         recent = (i >= time - 30 * DAY).sum()
         out = {
             "user_item_count": np.log1p(len(p)),
@@ -75,16 +69,10 @@ class Oracle:
             "user_category_share": len(c) / max(len(u), 1),
             "item_count": np.log1p(len(i)) / 5,
             "item_recent_count": np.log1p(recent) / 5,
-            "item_trend": np.log((recent + 1) / (len(i) + 1)) / 3,
-            "item_age": np.log1p((time - i[0]) / DAY) / 5 if len(i) else 0,
             "user_count": np.log1p(len(u)) / 5,
-            "user_week_count": np.log1p((u >= time - 7 * DAY).sum()) / 5,
             "user_gap": fresh(time - u[-1]) if len(u) else 0,
-            "user_age": np.log1p((time - u[0]) / DAY) / 5 if len(u) else 0,
             "session_events": np.log1p(len(session)) / 4 if going_on else 0,
             "session_age": np.log1p(time - session[0]) / 8 if going_on else 0,
-            "session_pause": pause,
-            "sessions": np.log1p(sessions) / 3,
         }
         for head in heads:
             name, prior = HEADS[head], self.prior(head, time)
