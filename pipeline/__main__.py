@@ -133,7 +133,11 @@ def export(arguments: Sequence[str]) -> int:
 def serve(arguments: Sequence[str]) -> int:
     """Serve an artifact over HTTP: serve ARTIFACT [HOST] [PORT]."""
     # In its own process, because this one may not load engines.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+    }
     os.execve(sys.executable, [sys.executable, "-m", "pipeline.serve", *arguments], environment)
 
 

@@ -174,9 +174,16 @@ def _log(folder: Path) -> str:
 
 
 def _environment(marker: str, extra: Mapping[str, str] | None) -> dict[str, str]:
+    # OMP_WAIT_POLICY: threads that spin while they wait take the cores from the sender, the batcher and each other; read once, when torch loads.
     # PYTHONSAFEPATH: a folder named `model` where the user stands must not hide ours.
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-    ours = {MARKER: marker, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    ours = {
+        MARKER: marker,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     return {**os.environ, **ours, **(extra or {})}
 
 
