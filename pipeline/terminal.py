@@ -60,7 +60,7 @@ class View:
         self._state = dict.fromkeys(stages, "waiting")
         self._seconds: dict[str, float] = {}
         self._current, self._began = "", 0.0
-        self._share, self._text = 0.0, ""
+        self._doing, self._share, self._text = "", 0.0, ""
         self._progress: Progress | None = None
         self._last_plain = -math.inf
         live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
@@ -79,7 +79,8 @@ class View:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Run a stage: shown as running, then as done or failed, with its time."""
-        self._current, self._began, self._share, self._text = name, time.monotonic(), 0.0, ""
+        self._current, self._began = name, time.monotonic()
+        self.doing("")
         self._state[name] = "running"
         self._last_plain = self._began
         self._plain(f"{name} ...")
@@ -106,7 +107,11 @@ class View:
         now = time.monotonic()
         if self._live is None and now - self._last_plain >= PLAIN_EVERY_S:
             self._last_plain = now
-            self._plain(f"{self._current} {self._share:.0%} {self._text}")
+            self._plain(f"{self._current} {self._now()}")
+
+    def doing(self, what: str) -> None:
+        """Name what the next progress lines are about, where a stage runs several children."""
+        self._doing, self._share, self._text = what, 0.0, ""
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -121,6 +126,9 @@ class View:
         """Something to look at that stays."""
         self._console.print(table)
 
+    def _now(self) -> str:
+        return f"{self._doing} {self._share:.0%} {self._text}".strip()
+
     def _plain(self, text: str) -> None:
         if self._live is None:
             self.say(text)
@@ -129,7 +137,7 @@ class View:
         parts: list[RenderableType] = [self._checklist()]
         if self._current:
             row = Table.grid(padding=(0, 1))
-            row.add_row(ProgressBar(total=1.0, completed=min(1.0, self._share), width=30), Text(f"{self._share:4.0%} {self._text}", style="dim"))
+            row.add_row(ProgressBar(total=1.0, completed=min(1.0, self._share), width=30), Text(self._now(), style="dim"))
             parts.append(row)
         if self._progress:
             parts += [Text(_counts(self._progress)), Text(f"best so far: {self._progress.best}", style="bold")]

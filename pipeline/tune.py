@@ -311,6 +311,7 @@ class _Run:
 
     def _trial(self, folder: Path, order: Order) -> TrialRecord:
         """Run one trial; its folder is whole afterwards, whatever happened to the child."""
+        self.view.doing(f"{'window' if order.role == 'confirm' else 'trial'} {folder.name} {order.backend}")
         shutil.rmtree(folder, ignore_errors=True)
         write_order(folder, order)
         started = time.time()

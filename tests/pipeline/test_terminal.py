@@ -75,7 +75,11 @@ def test_the_launchers_own_lines_reach_the_person() -> None:
 def test_the_search_shows_counts_best_and_time_left() -> None:
     view, out = plain()
     with view, view.stage("search"):
+        view.doing("trial 0004 eager")
+        view._last_plain = -math.inf
+        view.line("progress 0.700 window")
         view.search(PROGRESS)
+    assert "search trial 0004 eager 70% window" in out.getvalue()
     assert "3 of 12 trials: 2 feasible, 1 refused; best so far: trial 0002 onnxruntime: x1.80; about 1 min 35 s left" in out.getvalue()
 
 
