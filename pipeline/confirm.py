@@ -110,6 +110,8 @@ def confirm(
         order, windows = turns(pairs), {"A": [], "B": []}  # type: tuple[str, dict[str, list[TrialRecord]]]
         for i, who in enumerate(order):
             windows[who].append(measure(attempt * len(order) + i, baseline[0] if who == "A" else candidate))
+            if who == "B" and windows[who][-1].outcome is Outcome.INFEASIBLE:
+                break  # it cannot win any more
         decision = decide(goal, baseline, windows["A"], windows["B"], candidate.number, front, seed)
         if decision.outcome == "improved":
             break

@@ -148,6 +148,18 @@ def test_only_the_best_two_are_tried(tmp_path: Path) -> None:
     assert confirm.confirm(LATENCY, lab.windows(2, 10.0), [], (0,), 1, measure).reason.startswith("no trial that keeps every bound beat the baseline")
 
 
+def test_a_candidate_that_is_refused_is_not_measured_further(tmp_path: Path) -> None:
+    lab, asked = Lab(tmp_path), []
+
+    def measure(index: int, trial: TrialRecord) -> TrialRecord:
+        asked.append(index)
+        return lab.window(10.0, outcome=Outcome.INFEASIBLE if trial.number == 4 else Outcome.MEASURED)
+
+    decision = confirm.confirm(LATENCY, lab.windows(2, 10.0), [lab.window(5.0, number=4)], (4,), 3, measure)
+    assert asked == [0, 1]
+    assert (decision.outcome, decision.winner) == ("no_improvement", None)
+
+
 def test_windows_of_different_length_and_speed(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     short = lab.window(10.0)
