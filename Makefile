@@ -9,6 +9,8 @@ tune: $(VENV)/.ready
 	$(BIN)/python -m pipeline tune $(ARGS)
 
 test: lint
+	@echo "left out here, run with make test-slow or make test-gpu:"
+	@$(BIN)/python -m pytest -m "slow or gpu" --collect-only -q | grep "::" || true
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 $(ARGS)
 
 test-slow: $(VENV)/.ready
