@@ -65,7 +65,7 @@ class MeasureConfig:
     """How often a disturbed window is repeated before the trial fails."""
     foreign_share: float = 0.25
     """Most of the machine's CPU that other processes may take during a window."""
-    late_limit_ms: float = 2.0
+    late_limit_ms: float = 5.0
     """Most lateness (p99) of the load generator in a window that counts."""
 
     def __post_init__(self) -> None:
