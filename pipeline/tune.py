@@ -112,7 +112,14 @@ def tune(
     return 1 if trouble else 0
 
 
-def reconfirm(config: TuneConfig, text: str, *, spaces: Mapping[str, Space] | None = None, console: Console | None = None) -> int:
+def reconfirm(
+    config: TuneConfig,
+    text: str,
+    *,
+    spaces: Mapping[str, Space] | None = None,
+    launcher: Launcher | None = None,
+    console: Console | None = None,
+) -> int:
     """Throw away a study's decision and its windows, and confirm and publish anew without searching on. Raises UserError where there is none."""
     folder = Path(config.paths.runs) / config.study.name
     if read_decision(folder) is None:
@@ -120,7 +127,7 @@ def reconfirm(config: TuneConfig, text: str, *, spaces: Mapping[str, Space] | No
     done = sum(trial.order.role in study.SEARCH_ROLES for trial in read_study(folder).trials)
     (folder / "decision.json").unlink()
     shutil.rmtree(folder / "confirm")
-    return tune(replace(config, study=replace(config.study, trials=max(1, done))), text, spaces=spaces, console=console)
+    return tune(replace(config, study=replace(config.study, trials=max(1, done))), text, spaces=spaces, console=console, launcher=launcher)
 
 
 @dataclass(kw_only=True)

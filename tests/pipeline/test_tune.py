@@ -20,7 +20,7 @@ from pipeline.config import GoalConfig, TuneConfig
 from pipeline.contracts import Outcome
 from pipeline.errors import UserError
 from pipeline.records import Order, StudyFolder, read_study
-from pipeline.tune import tune
+from pipeline.tune import reconfirm, tune
 from search_spaces.space import Space
 from tests.pipeline.fake_study import Simulated, config, space
 
@@ -122,6 +122,22 @@ def test_running_a_finished_study_again_measures_nothing_and_more_trials_go_on(t
     assert third.trials[:4] == first.trials
 
 
+def test_confirming_again_measures_new_windows_and_searches_no_further(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    with pytest.raises(UserError, match="no finished study"):
+        reconfirm(settings, "study: {}\n", spaces={"fake": space()}, launcher=Simulated())
+    _, _, before = run(settings)
+    launcher = Simulated()
+    code = reconfirm(settings, "study: {}\n", spaces={"fake": space()}, launcher=launcher, console=Console(file=io.StringIO()))
+    after = read_study(before.folder)
+    assert code == 0
+    assert {order.role for order in launcher.ran} == {"confirm"}
+    assert [t.number for t in after.trials] == [t.number for t in before.trials]
+    assert after.decision is not None
+    assert before.decision is not None
+    assert after.decision.winner == before.decision.winner
+
+
 def test_a_changed_study_is_not_continued_unless_told(tmp_path: Path) -> None:
     settings = config(tmp_path)
     run(settings)
@@ -192,7 +208,7 @@ import sys
 from pathlib import Path
 from tests.pipeline.fake_study import Simulated, config, space
 from tests.pipeline.test_tune import with_study
-from pipeline.tune import tune
+from pipeline.tune import reconfirm, tune
 settings = with_study(config(Path(sys.argv[1])), trials=6)
 tune(settings, "study: {}", spaces={"fake": space(threads=(1, 2, 3, 4, 5, 6, 7, 8))}, launcher=Simulated(delay_s=float(sys.argv[2])))
 """
