@@ -5,14 +5,13 @@ For a number to look at or a setting to try by hand. Decisions need a study, whi
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import stages
 from pipeline.config import TuneConfig
 from pipeline.contracts import Measurement
 from pipeline.launcher import Line, LocalLauncher
-from pipeline.records import Order, write_order
+from pipeline.records import write_order
 
 
 def bench(config: TuneConfig, on_line: Line | None = None) -> dict[str, Measurement]:
@@ -26,20 +25,10 @@ def bench(config: TuneConfig, on_line: Line | None = None) -> dict[str, Measurem
         recipe = str(settings.get(stages.RECIPE, stages.PLAIN))
         served = checkpoint.folder if recipe == stages.PLAIN else stages.quantise(config, recipe, checkpoint, inputs, on_line)
         folder = Path(config.paths.runs).resolve() / "bench" / backend
-        order = Order(
-            number=number,
-            role="baseline",
-            backend=backend,
-            settings=settings,
-            checkpoint=str(served),
-            inputs=str(inputs),
-            cache=str(Path(config.paths.cache).resolve()),
-            measure=asdict(config.measure),
-            seed=config.workload.seed,
-        )
+        order = stages.order(config, number, "baseline", backend, settings, served, inputs)
         write_order(folder, order)
         launcher = LocalLauncher(
             cache=Path(order.cache), deadline_s=config.study.deadline_s, memory_mib=config.study.memory_mib or None, on_line=on_line
         )
-        found[backend] = launcher.trial(folder)
+        found[backend] = launcher.trial(folder, order.python)
     return found

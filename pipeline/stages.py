@@ -16,10 +16,11 @@ from typing import Any
 import search_spaces
 from pipeline.cache import Cache, digest
 from pipeline.config import TuneConfig
+from pipeline.contracts import Settings
 from pipeline.environment import fingerprint
 from pipeline.errors import CheckpointError, UserError
 from pipeline.launcher import Line, LocalLauncher
-from pipeline.records import read_json
+from pipeline.records import Order, read_json
 from search_spaces.space import Space, pin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +136,29 @@ def spaces(config: TuneConfig, engines: tuple[str, ...]) -> dict[str, Space]:
     """The search spaces of these engines on this machine, with the user's knobs pinned."""
     cores = int(fingerprint()["cores"])
     return pin({name: search_spaces.of(name, cores) for name in engines}, config.settings)
+
+
+def order(
+    config: TuneConfig, number: int, role: str, backend: str, settings: Settings, checkpoint: Path, inputs: Path, rate_rps: float = 0.0
+) -> Order:
+    """What a child needs to measure one point; `rate_rps` 0 leaves the offered load to the configuration."""
+    confirming = role == "confirm"
+    return Order(
+        number=number,
+        role=role,
+        backend=backend,
+        settings=dict(settings),
+        checkpoint=str(checkpoint),
+        inputs=str(inputs),
+        cache=str(Path(config.paths.cache).resolve()),
+        measure={
+            **asdict(config.measure),
+            "rate_rps": rate_rps or config.measure.rate_rps,
+            "workload": "confirm_workload.npz" if confirming else "workload.npz",
+        },
+        seed=config.workload.seed + confirming,
+        python=str((config.backends.get(backend) or {}).get("python", "")),
+    )
 
 
 def recipes(chosen: Mapping[str, Space]) -> tuple[str, ...]:

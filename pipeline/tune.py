@@ -297,24 +297,9 @@ class _Run:
 
     def _order(self, number: int, role: str, backend: str, settings: Settings) -> Order:
         assert self.checkpoint is not None
-        config, recipe = self.config, str(settings.get(stages.RECIPE, stages.PLAIN))
-        confirming = role == "confirm"
-        return Order(
-            number=number,
-            role=role,
-            backend=backend,
-            settings=dict(settings),
-            checkpoint=str(self.quantised.get(recipe, self.checkpoint.folder)),
-            inputs=str(self.inputs),
-            cache=str(Path(config.paths.cache).resolve()),
-            measure={
-                **asdict(config.measure),
-                "rate_rps": self.rate_rps or config.measure.rate_rps,
-                "workload": "confirm_workload.npz" if confirming else "workload.npz",
-            },
-            seed=config.workload.seed + confirming,
-            python=str((config.backends.get(backend) or {}).get("python", "")),
-        )
+        recipe = str(settings.get(stages.RECIPE, stages.PLAIN))
+        checkpoint = self.quantised.get(recipe, self.checkpoint.folder)
+        return stages.order(self.config, number, role, backend, settings, checkpoint, self.inputs, self.rate_rps)
 
     def _trial(self, folder: Path, order: Order) -> TrialRecord:
         """Run one trial; its folder is whole afterwards, whatever happened to the child."""
