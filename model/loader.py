@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -53,32 +54,58 @@ def epoch_batches(sizes: NDArray[np.int64], batch_tokens: int, seed: int, epoch:
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hiding:
+    """What training hides by turns, so that no model leans on it alone. Nothing is hidden by default."""
+
+    unknown_share: float = 0.0
+    """Share of the ids in `event` and `candidate` columns that become 0, the unknown one."""
+    event: tuple[int, ...] = ()
+    candidate: tuple[int, ...] = ()
+    hidden_share: float = 0.0
+    """Share of the requests in which a column of `cross` is 0; drawn for each column."""
+    cross: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, schema: FeatureSchema, unknown_share: float, unknown_rows: int, hidden_share: float, hidden: Sequence[str]) -> Hiding:
+        """Id columns whose tables have more than `unknown_rows` rows; cross columns `name` or `name/...` for each of `hidden`."""
+        event, candidate = (tuple(i for i, f in enumerate(features) if f.rows > unknown_rows) for features in (schema.event, schema.candidate))
+        cross = tuple(i for i, name in enumerate(schema.cross) if name in hidden or name.split("/")[0] in hidden)
+        return cls(unknown_share=unknown_share, event=event, candidate=candidate, hidden_share=hidden_share, cross=cross)
+
+    def apply(self, batch: PackedBatch, candidates: Sequence[int], rng: np.random.Generator) -> None:
+        """Hide in place; `candidates` are the counts of the batch's requests."""
+        if self.unknown_share:
+            for ids, columns in ((batch.event_ids, self.event), (batch.candidate_ids, self.candidate)):
+                for column in columns:
+                    ids[torch.from_numpy(rng.random(len(ids)) < self.unknown_share), column] = 0
+        if self.hidden_share and self.cross:
+            drawn = rng.random((len(candidates), len(self.cross))) < self.hidden_share
+            hidden = torch.from_numpy(np.repeat(drawn, candidates, axis=0))
+            batch.cross[:, self.cross] = batch.cross[:, self.cross].masked_fill(hidden, 0)
+
+
 def packed(
     samples: Sequence[LabelledRequest],
     batches: Sequence[NDArray[np.int64]],
     device: torch.device,
     bucket: int,
     seed: Sequence[int],
-    unknown_share: float = 0.0,
-    columns: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    hiding: Hiding | None = None,
 ) -> Iterator[tuple[PackedBatch, torch.Tensor, torch.Tensor]]:
-    """(batch, labels [C, heads], weights [C, heads]) of each batch, made by one thread two batches ahead.
+    """(batch, labels [C, heads], known [C, heads] of 0 and 1, both float32) of each batch, made by one thread two batches ahead.
 
-    A weight is 1 / (known labels of that head in the sample): each user-level sample counts once a head, and 0 where not known.
-    `unknown_share` of the ids in the given event and candidate columns become 0; which ones follows from `seed` and the batch's samples.
+    What `hiding` hides follows from `seed` and the batch's samples.
     """
 
     def make(rows: NDArray[np.int64]) -> tuple[PackedBatch, torch.Tensor, torch.Tensor]:
         chosen = [samples[i] for i in rows.tolist()]
         batch = pack([s.request for s in chosen], bucket)
-        if unknown_share:
-            rng = np.random.default_rng((*seed, *rows[:1].tolist()))
-            for ids, hidden in zip((batch.event_ids, batch.candidate_ids), columns, strict=True):
-                for column in hidden:
-                    ids[torch.from_numpy(rng.random(len(ids)) < unknown_share), column] = 0
+        if hiding:
+            hiding.apply(batch, [len(s.labels) for s in chosen], np.random.default_rng((*seed, *rows[:1].tolist())))
         labels = torch.from_numpy(np.concatenate([s.labels for s in chosen]).astype(np.float32, copy=False))
-        weights = torch.from_numpy(np.concatenate([s.known / np.maximum(s.known.sum(axis=0), 1) for s in chosen]).astype(np.float32))
-        return move(batch, device), labels.to(device, non_blocking=True), weights.to(device, non_blocking=True)
+        known = torch.from_numpy(np.concatenate([s.known for s in chosen]).astype(np.float32))
+        return move(batch, device), labels.to(device, non_blocking=True), known.to(device, non_blocking=True)
 
     with ThreadPoolExecutor(1, thread_name_prefix="pack") as pool:
         ahead = [pool.submit(make, rows) for rows in batches[:2]]
@@ -87,12 +114,6 @@ def packed(
             if i + 2 < len(batches):
                 ahead.append(pool.submit(make, batches[i + 2]))
             yield ready
-
-
-def large_columns(schema: FeatureSchema, rows: int) -> tuple[list[int], list[int]]:
-    """Event and candidate columns whose tables have more than `rows` rows."""
-    event, candidate = ([i for i, f in enumerate(features) if f.rows > rows] for features in (schema.event, schema.candidate))
-    return event, candidate
 
 
 def move(batch: PackedBatch, device: torch.device) -> PackedBatch:

@@ -77,22 +77,6 @@ def test_train_writes_a_checkpoint_and_figures_of_both_parts(data: Path, tmp_pat
     assert again["auc/recommendation"] == pytest.approx(figures["test/auc/recommendation"], abs=1e-6)
 
 
-@pytest.mark.slow
-def test_synthetic_comes_within_two_hundredths_of_the_optimum(tmp_path: Path) -> None:
-    """Every head, judged on the same test events as the data set's own Bayes-optimal figures."""
-    summary = prepare(DataConfig(name="synthetic", events=200_000), tmp_path / "data", lambda share, text: None)
-    figures = train(
-        TrainConfig(epochs=4),
-        ModelConfig(d_model=64, layers=3, heads=2, max_seq_len=256, scaling_seqlen=256),
-        tmp_path / "data",
-        tmp_path / "checkpoint",
-        lambda share, text: None,
-    )
-    assert set(summary["bayes_auc"]) == set(summary["heads"])
-    for head, best in summary["bayes_auc"].items():
-        assert figures[f"test/auc/{head}"] > best - 0.02, head
-
-
 def test_command_line_refuses_nonsense(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="usage"):
         compare.main([])

@@ -8,14 +8,14 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from model.batch import pack
-from model.loader import by_length, epoch_batches, large_columns, lengths, packed
+from model.loader import Hiding, by_length, epoch_batches, lengths, packed
 from model.metrics import evaluate
 from model.network import MTGR
 from model.resume import STATE_FILE, drop_state, save_state
@@ -131,26 +131,28 @@ def test_a_loss_that_is_no_number_says_what_to_do(tmp_path: Path) -> None:
         run(tmp_path, replace(TRAIN, learning_rate=1e30, clip_norm=0.0))
 
 
-def test_masked_loss_is_the_formula_of_the_model(tmp_path: Path) -> None:
-    """sum_t w_t * mean over samples of (sum_k m_kt BCE_kt / sum_k m_kt), by loops."""
+def test_masked_loss_is_its_formula(tmp_path: Path) -> None:
+    """sum_t w_t * sum_k m_kt BCE_kt / sum_k m_kt over the step's candidates, by loops."""
     samples = learnable(7, 3)
     sizes = lengths([s.request for s in samples])
     rows = by_length(sizes, 10**6)
     assert len(rows) == 1
-    batch, labels, weights = next(packed(samples, rows, torch.device("cpu"), 16, seed=(0,)))
+    batch, labels, known = next(packed(samples, rows, torch.device("cpu"), 16, seed=(0,)))
     logits = torch.randn(labels.shape, generator=torch.Generator().manual_seed(0))
-    wanted, start = 0.0, 0
     parts: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    row = 0
     for i in rows[0].tolist():
-        for head, values in parts.items():
-            known = torch.from_numpy(samples[i].known[:, head])
-            if known.any():
-                own = slice(start, start + len(known))
-                values.append(float(functional.binary_cross_entropy_with_logits(logits[own, head][known], labels[own, head][known])))
-        start += len(samples[i].labels)
+        for candidate in range(len(samples[i].labels)):
+            for head, values in parts.items():
+                if samples[i].known[candidate, head]:
+                    p = 1 / (1 + np.exp(-float(logits[row, head])))
+                    values.append(-np.log(p if samples[i].labels[candidate, head] else 1 - p))
+            row += 1
+    assert len(parts[2]) < len(parts[0])  # one head lacks answers
     wanted = sum(w * float(np.mean(values)) for w, values in zip((1.0, 0.5, 2.0), parts.values(), strict=True))
-    got = masked_loss(logits[:, :3], labels[:, :3], weights[:, :3], torch.tensor([1.0, 0.5, 2.0]))
+    got = masked_loss(logits[:, :3], labels[:, :3], known[:, :3], torch.tensor([1.0, 0.5, 2.0]))
     assert float(got) == pytest.approx(wanted, abs=1e-6)
+    assert float(masked_loss(logits[:, :1], labels[:, :1], torch.zeros_like(known[:, :1]), torch.ones(1))) == 0
     assert len(batch.candidate_rows) == len(labels)
 
 
@@ -171,7 +173,8 @@ def test_unknown_ids_hit_large_tables_only_and_repeat_with_the_seed() -> None:
     rows = by_length(lengths([s.request for s in samples]), 10**6)
 
     def ids(share: float, seed: int) -> tuple[torch.Tensor, ...]:
-        batch, _, _ = next(packed(samples, rows, torch.device("cpu"), 16, (seed,), share, large_columns(SCHEMA, 50)))
+        hiding = Hiding.of(SCHEMA, share, 50, 0.0, ())
+        batch, _, _ = next(packed(samples, rows, torch.device("cpu"), 16, (seed,), hiding))
         return batch.event_ids, batch.candidate_ids
 
     schema_ids = ids(0.0, 0)
@@ -183,6 +186,24 @@ def test_unknown_ids_hit_large_tables_only_and_repeat_with_the_seed() -> None:
         assert (masked[changed] == 0).all()
     assert all(torch.equal(a, b) for a, b in zip(hidden, ids(0.3, 0), strict=True))
     assert not torch.equal(hidden[0], ids(0.3, 1)[0])
+
+
+def test_hidden_columns_are_hidden_for_whole_requests_and_no_others() -> None:
+    samples = learnable(400, 0)
+    rows = by_length(lengths([s.request for s in samples]), 10**6)
+    schema = replace(SCHEMA, cross=("user_rate/recommendation", *(f"user_rate_{i}" for i in range(len(SCHEMA.cross) - 1))))
+
+    def cross(share: float) -> np.ndarray[Any, Any]:
+        batch, _, _ = next(packed(samples, rows, torch.device("cpu"), 16, (0,), Hiding.of(schema, 0.0, 50, share, ("user_rate", "absent"))))
+        return batch.cross.numpy()
+
+    plain, hidden = cross(0.0), cross(0.5)
+    assert (hidden[:, 1:] == plain[:, 1:]).all()
+    ends = np.cumsum([len(samples[i].labels) for i in rows[0].tolist()])[:-1]
+    kept = [set((part != 0).tolist()) for part in np.split(hidden[:, 0], ends)]
+    assert all(len(values) == 1 for values in kept)  # a request keeps the column or loses it
+    assert 0.4 < np.mean([values == {True} for values in kept]) < 0.6
+    assert np.isin(hidden[hidden[:, 0] != 0, 0], plain[:, 0]).all()
 
 
 def test_score_keeps_the_order_and_batching_changes_nothing() -> None:
@@ -207,6 +228,7 @@ def test_score_keeps_the_order_and_batching_changes_nothing() -> None:
         ({"decay": "step"}, "train.decay is one of cosine, linear, got 'step'"),
         ({"head_weights": {"clicks": 1.0}}, "train.head_weights names heads"),
         ({"seconds": -1}, "train.seconds must not be negative"),
+        ({"hidden_share": 1}, r"train.hidden_share is a share in \[0, 1\), got 1"),
     ],
 )
 def test_wrong_settings_are_named(section: dict[str, object], message: str) -> None:
