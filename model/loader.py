@@ -68,9 +68,9 @@ class Hiding:
 
     @classmethod
     def of(cls, schema: FeatureSchema, unknown_share: float, unknown_rows: int, hidden_share: float, hidden: Sequence[str]) -> Hiding:
-        """Id columns whose tables have more than `unknown_rows` rows; cross columns `name` or `name/...` for each of `hidden`."""
+        """Id columns whose tables have more than `unknown_rows` rows; cross columns that begin with one of `hidden`."""
         event, candidate = (tuple(i for i, f in enumerate(features) if f.rows > unknown_rows) for features in (schema.event, schema.candidate))
-        cross = tuple(i for i, name in enumerate(schema.cross) if name in hidden or name.split("/")[0] in hidden)
+        cross = tuple(i for i, name in enumerate(schema.cross) if name.startswith(tuple(hidden)))
         return cls(unknown_share=unknown_share, event=event, candidate=candidate, hidden_share=hidden_share, cross=cross)
 
     def apply(self, batch: PackedBatch, candidates: Sequence[int], rng: np.random.Generator) -> None:

@@ -191,10 +191,10 @@ def test_unknown_ids_hit_large_tables_only_and_repeat_with_the_seed() -> None:
 def test_hidden_columns_are_hidden_for_whole_requests_and_no_others() -> None:
     samples = learnable(400, 0)
     rows = by_length(lengths([s.request for s in samples]), 10**6)
-    schema = replace(SCHEMA, cross=("user_rate/recommendation", *(f"user_rate_{i}" for i in range(len(SCHEMA.cross) - 1))))
+    schema = replace(SCHEMA, cross=("user_rate/recommendation", *(f"item_user_{i}" for i in range(len(SCHEMA.cross) - 1))))
 
     def cross(share: float) -> np.ndarray[Any, Any]:
-        batch, _, _ = next(packed(samples, rows, torch.device("cpu"), 16, (0,), Hiding.of(schema, 0.0, 50, share, ("user_rate", "absent"))))
+        batch, _, _ = next(packed(samples, rows, torch.device("cpu"), 16, (0,), Hiding.of(schema, 0.0, 50, share, ("user_", "absent"))))
         return batch.cross.numpy()
 
     plain, hidden = cross(0.0), cross(0.5)
