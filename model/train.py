@@ -121,7 +121,8 @@ def resolve_train(section: Mapping[str, Any]) -> TrainConfig:
 def train(config: TrainConfig, model: ModelConfig, data: Path, out: Path, progress: Progress) -> dict[str, float]:
     """Train on the prepared data set in `data`, write a checkpoint into `out`, return its figures.
 
-    Figures: validation/ and test/ auc, gauc, ne and logloss per head, seconds, events_per_second, parameters, epochs. An interrupted run
+    Figures: validation/ and test/ auc, gauc, ne and logloss per head, seconds, events_per_second, parameters, epochs, and where the true
+    probabilities are known test/auc_below_bayes, what is missing to the best AUC there can be. An interrupted run
     continues from the state it left beside `out`. Raises UserError when the loss is no number or that state is of another training.
     """
     dataset = open_dataset(data)
@@ -133,6 +134,8 @@ def train(config: TrainConfig, model: ModelConfig, data: Path, out: Path, progre
         samples = dataset.samples(part)
         scored = evaluate(samples, score(network, samples, 4 * config.batch_tokens), dataset.schema.heads)
         figures |= {f"{part}/{name}": value for name, value in scored.items()}
+    for head, best in dataset.summary.get("bayes_auc", {}).items():
+        figures[f"test/auc_below_bayes/{head}"] = best - figures[f"test/auc/{head}"]
     figures["seconds"] = time.perf_counter() - started
     checkpoint.save(out, network, {"train": asdict(config), "metrics": figures, "data": dict(dataset.summary)})
     drop_state(state)
