@@ -79,8 +79,11 @@ def compare(spec: Spec, folder: Path) -> dict[str, Any]:
     config, dataset = resolve_train(spec["train"]), open_dataset(Path(spec["data"]))
     samples = list(dataset.samples("test"))
     progress(0.0, f"scoring the test events with {name}")
-    scores = score(checkpoint.load(Path(spec["checkpoint"])), samples, 4 * config.batch_tokens)
-    own = table_row(name, samples, scores, dataset.schema.heads)
+    trained = Path(spec["checkpoint"])
+    scores = score(checkpoint.load(trained), samples, 4 * config.batch_tokens)
+    told = checkpoint.read_extra(trained).get("metrics", {})  # a checkpoint from elsewhere may have none
+    facts = {fact: told[fact] for fact in ("train_seconds", "epochs", "parameters") if fact in told}
+    own = table_row(name, samples, scores, dataset.schema.heads, **facts)
     names = (REGRESSION, *(rivals if spec["rivals"] else ()))
     return {"rows": [own, *compare_models(config, resolve(spec["model"]), dataset.folder, folder / "rivals", progress, names)]}
 

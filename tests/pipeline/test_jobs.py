@@ -54,6 +54,16 @@ def test_each_job_leaves_what_the_next_one_reads(study: tuple[Path, dict[str, di
     assert any(line.startswith("progress 1.000") for line in lines)
 
 
+def test_the_training_table_tells_what_the_model_cost(study: tuple[Path, dict[str, dict[str, object]], list[str]], tmp_path: Path) -> None:
+    root, results, _ = study
+    spec = {"data": str(root / "data"), "model": MODEL, "train": {"epochs": 1, "threads": 1}, "checkpoint": str(root / "train" / "checkpoint")}
+    own, regression = jobs.compare({**spec, "rivals": False}, tmp_path)["rows"]
+    assert (own["name"], regression["name"]) == ("MTGR", "logistic regression")
+    trained = results["train"]["metrics"]
+    assert own["metrics"]["auc/recommendation"] == pytest.approx(trained["test/auc/recommendation"], abs=1e-6)  # type: ignore[index]
+    assert all(own["metrics"][fact] == trained[fact] for fact in ("train_seconds", "epochs", "parameters"))  # type: ignore[index]
+
+
 def test_the_reference_is_the_models_own_scores(study: tuple[Path, dict[str, dict[str, object]], list[str]]) -> None:
     from model.train import score
 
