@@ -18,6 +18,7 @@ test-slow: $(VENV)/.ready
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m pytest tests/model/kernels tests/pipeline/backends/test_fused.py $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,0 +1,188 @@
+"""SiLU attention of jagged requests, forward: out_i = scale * sum_j silu(alpha q_i k_j) v_j over the keys that row i sees. No softmax.
+
+One program takes one query tile of one head. Key tiles that all its rows see are read without a mask, those on the edge with one, the rest
+not at all; a candidate tile adds its diagonal from the rows themselves. Keys come from the token rows or, `blocks` given, from the pages of
+a cache. Products are accumulated in float32 and scaled after the last one. What a row sees is told in `tiles`, the slow double is `reference`.
+
+Measured on an H200 (figures: reports/h200-kernels): descriptors (TMA) instead of pointers are worth a fifth, one tanh instead of exp and a
+division another fifth: this chip does 16 special functions a clock, as many as its tensor cores do scores at a width of 64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from model.kernels.tiles import COLUMNS, HEAD_WIDTHS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _tanh(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def silu(x, FAST: tl.constexpr):
+    """x * sigmoid(x), by one hardware tanh (relative error 2^-11, less than bf16's and fp16's own) or exactly."""
+    if FAST:
+        half = 0.5 * x
+        return half * _tanh(half) + half
+    else:
+        return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _keys(k_tiles, v_tiles, first_key, table, head, n, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr):
+    """Keys and values n to n + BLOCK of a request: token rows, or rows of the one page they lie in (keys of a page come before its values)."""
+    if PAGE:
+        page = tl.load(table + n // PAGE)
+        row = page * (2 * PAGE) + n % PAGE
+        return k_tiles.load([row, head * WIDTH]), v_tiles.load([row + PAGE, head * WIDTH])
+    else:
+        return k_tiles.load([first_key + n, head * WIDTH]), v_tiles.load([first_key + n, head * WIDTH])
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, v_ptr, out_ptr, k_tiles, v_tiles, tiles_ptr, limit_ptr, table_ptr,
+    q_stride, kv_stride, out_stride, split_stride, table_stride, alpha, scale,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    tile = tiles_ptr + tl.program_id(1) * COLUMNS
+    split = tl.program_id(2)
+    row, rows, first_key, low = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    high, own_row, request = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
+    if rows == 0:
+        return
+    table = table_ptr + request * table_stride
+    m, d, n = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH), tl.arange(0, BLOCK_N)
+    valid = m < rows
+    q = tl.load(q_ptr + (row + m).to(tl.int64)[:, None] * q_stride + head * WIDTH + d[None, :], mask=valid[:, None], other=0.0)
+    limit = tl.load(limit_ptr + row + m, mask=valid, other=0)
+    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    begin, full, end = 0, low // BLOCK_N * BLOCK_N, high
+    if SPLITS > 1:
+        part = tl.cdiv(tl.cdiv(high, SPLITS), BLOCK_N) * BLOCK_N
+        begin = split * part
+        end = min(high, begin + part)
+        full = max(begin, min(full, end // BLOCK_N * BLOCK_N))
+    for at in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
+        k, v = _keys(k_tiles, v_tiles, first_key, table, head, at, BLOCK_N, WIDTH, PAGE)
+        score = tl.dot(q, k.T, input_precision=PRECISION)
+        acc = tl.dot(silu(score * alpha, FAST).to(v.dtype), v, acc, input_precision=PRECISION)
+    for at in tl.range(full, end, BLOCK_N, num_stages=1):
+        k, v = _keys(k_tiles, v_tiles, first_key, table, head, at, BLOCK_N, WIDTH, PAGE)
+        score = tl.dot(q, k.T, input_precision=PRECISION)
+        weight = tl.where((at + n)[None, :] < limit[:, None], silu(score * alpha, FAST), 0.0)
+        # Rows beyond a request's history are other tokens, or a page's leftovers: any bits, NaN too. 0 * NaN would be NaN.
+        v = tl.where((at + n)[:, None] < high, v, 0.0)
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
+    if (own_row >= 0) & (split == 0):
+        own_at = (own_row + m).to(tl.int64)[:, None] * kv_stride + head * WIDTH + d[None, :]
+        k = tl.load(k_ptr + own_at, mask=valid[:, None], other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + own_at, mask=valid[:, None], other=0.0).to(tl.float32)
+        own = tl.sum(q.to(tl.float32) * k, 1) * alpha
+        acc += silu(own, FAST)[:, None] * v
+    out = out_ptr + split * split_stride + (row + m).to(tl.int64)[:, None] * out_stride + head * WIDTH + d[None, :]
+    tl.store(out, (acc * scale).to(out_ptr.dtype.element_ty), mask=valid[:, None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How the work is cut; each found by measurement (reports/h200-kernels)."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def shape(width: int, dtype: torch.dtype, block_m: int) -> Shape:
+    """The fastest known for a head width, a type and the rows of a query tile (64 where the batch is small, else 128)."""
+    if dtype == torch.float32:
+        return Shape(block_m=block_m, block_n=32, warps=8 if block_m > 64 else 4, stages=2)
+    if width == 256:
+        return Shape(block_m=block_m, block_n=64, warps=8, stages=2)
+    return Shape(block_m=block_m, block_n=64, warps=8 if block_m > 64 else 4, stages=4 if width <= 64 else 3)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, limit: Tensor, *, heads: int, block_m: int, alpha: float, scale: float,
+    cache: Tensor | None = None, table: Tensor | None = None, splits: int = 1, out_dtype: torch.dtype | None = None, tf32: bool = False,
+) -> Tensor:  # fmt: skip
+    """[Q, heads * width] queries, [T, heads * width] keys and values -> [Q, heads * width], in `out_dtype` (that of `q`).
+
+    `tiles` [n, 8] and `limit` [Q] are int32 as of `tiles.query_tiles`. With `cache` [blocks, 2, page, heads, width] and the block `table`
+    [B, pages] the history's keys are those of the pages, and `k`, `v` hold only the candidates' own. `splits` cut each tile's keys among as
+    many programs, for few queries over long histories. Rows that no tile covers come out unwritten. Raises ValueError for what does not fit.
+    """
+    width = check(q, k, v, tiles, limit, heads, block_m, cache, table)
+    how = shape(width, q.dtype, block_m)
+    block_n, page = how.block_n, 0
+    if cache is None or table is None:
+        k_rows, v_rows, blocks, blocks_stride = k, v, limit, 0
+    else:
+        blocks, blocks_stride = table, table.stride(0)
+        page = cache.shape[2]
+        block_n = min(block_n, page)
+        k_rows = v_rows = cache.view(-1, heads * width)
+    out_type = out_dtype or q.dtype
+    out = torch.empty((splits, len(q), heads * width), dtype=torch.float32 if splits > 1 else out_type, device=q.device)
+    interpreted = not q.is_cuda
+    if len(tiles):
+        _forward[(heads, len(tiles), splits)](
+            q, k, v, out, _rows(k_rows, block_n, width), _rows(v_rows, block_n, width), tiles, limit, blocks,
+            q.stride(0), k.stride(0), out.stride(1), out.stride(0), blocks_stride, alpha, scale,
+            WIDTH=width, BLOCK_M=how.block_m, BLOCK_N=block_n, SPLITS=splits, PAGE=page,
+            FAST=q.dtype != torch.float32 and not interpreted, PRECISION="tf32" if tf32 else "ieee", STAGES=how.stages, COLUMNS=COLUMNS,
+            num_warps=how.warps,
+        )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(dim=0).to(out_type)
+
+
+def _rows(x: Tensor, block: int, width: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [block, width])
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, limit: Tensor, heads: int, block_m: int, cache: Tensor | None, table: Tensor | None) -> int:
+    """Head width of inputs that fit together. Raises ValueError with the rule and the value; looks at shapes and types alone, never at data."""
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k and v share one type out of float32, bfloat16, float16; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.ndim != 2 or heads < 1 or q.shape[1] % heads or q.shape[1] // heads not in HEAD_WIDTHS:
+        raise ValueError(f"q is [rows, heads * width] with a width out of {HEAD_WIDTHS}, got {tuple(q.shape)} for {heads} heads")
+    width = q.shape[1] // heads
+    if k.shape != v.shape or k.ndim != 2 or k.shape[1] != q.shape[1]:
+        raise ValueError(f"k and v are [rows, {q.shape[1]}] like q, got {tuple(k.shape)} and {tuple(v.shape)}")
+    size = q.element_size()
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(1) != 1 or x.stride(0) * size % 16 or x.data_ptr() % 16:
+            raise ValueError(f"rows of {name} lie whole and begin at multiples of 16 bytes, got strides {x.stride()} of {size} bytes")
+    if k.stride(0) != v.stride(0):
+        raise ValueError(f"k and v have one row stride, got {k.stride(0)} and {v.stride(0)}")
+    for name, x, shape_ in (("tiles", tiles, (len(tiles), COLUMNS)), ("limit", limit, (len(q),))):
+        if x.dtype != torch.int32 or tuple(x.shape) != shape_ or not x.is_contiguous():
+            raise ValueError(f"{name} is a contiguous int32 tensor {list(shape_)}, got {x.dtype} {list(x.shape)}")
+    if block_m not in (16, 32, 64, 128):
+        raise ValueError(f"block_m is 16, 32, 64 or 128, got {block_m}")
+    if len({x.device for x in (q, k, v, tiles, limit)}) > 1:
+        raise ValueError(f"all inputs are on one device, got {sorted({str(x.device) for x in (q, k, v, tiles, limit)})}")
+    if (cache is None) != (table is None):
+        raise ValueError("a cache comes with its block table, and a table with its cache; got one of them")
+    if cache is not None and table is not None:
+        if cache.ndim != 5 or cache.shape[1] != 2 or tuple(cache.shape[3:]) != (heads, width) or cache.dtype != q.dtype or not cache.is_contiguous():
+            raise ValueError(f"cache is a contiguous [blocks, 2, page, {heads}, {width}] of {q.dtype}, got {tuple(cache.shape)} of {cache.dtype}")
+        page = cache.shape[2]
+        if page < 16 or page & (page - 1):
+            raise ValueError(f"a page holds a power of two of at least 16 tokens, got {page}")
+        if table.dtype != torch.int32 or table.ndim != 2 or table.stride(1) != 1:
+            raise ValueError(f"the block table is int32 [requests, pages], got {table.dtype} {tuple(table.shape)}")
+    return width

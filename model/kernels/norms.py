@@ -1,0 +1,78 @@
+"""Group layer norm with what surrounds it folded in: the gate before it, and the quantisation of its result to fp8.
+
+A row is read once, its mean and variance are float32, gamma and beta are those of the row's token kind. fp8 results come with one scale a row:
+the largest magnitude of the row becomes the format's, unless a calibrated scale is given for all rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.kernels.linear import FP8
+
+LARGEST = 448.0
+"""Of E4M3."""
+
+
+@triton.jit
+def _norm(
+    x_ptr, gate_ptr, kind_ptr, gamma_ptr, beta_ptr, out_ptr, scale_ptr, given_ptr, x_stride, gate_stride, factor, eps,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr, GIVEN: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, PADDED)
+    inside = d < WIDTH
+    x = tl.load(x_ptr + row * x_stride + d, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        x = x * factor * tl.load(gate_ptr + row * gate_stride + d, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(inside, x - tl.sum(x) / WIDTH, 0.0)
+    unit = centred * tl.rsqrt(tl.sum(centred * centred) / WIDTH + eps)
+    weights = tl.load(kind_ptr + row) * WIDTH + d
+    gamma = tl.load(gamma_ptr + weights, mask=inside, other=0.0)
+    y = unit * gamma + tl.load(beta_ptr + weights, mask=inside, other=0.0)
+    if QUANTISED:
+        if GIVEN:
+            scale = tl.load(given_ptr)
+        else:
+            scale = tl.maximum(tl.max(tl.abs(y)), 1e-12) / LARGEST
+        tl.store(scale_ptr + row, scale)
+        y = tl.clamp(y / scale, -LARGEST, LARGEST)
+    tl.store(out_ptr + row * WIDTH + d, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def group_norm(
+    x: Tensor, kind: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype, given: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """[n, width] rows of kinds [n] (int32), gamma and beta float32 [kinds, width] -> (rows of `dtype`, scales [n] where that is fp8, else [0])."""
+    return _run(x, None, 1.0, kind, gamma, beta, eps, dtype, given)
+
+
+def gated_norm(
+    x: Tensor, gate: Tensor, factor: float, kind: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype, given: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`group_norm` of x * factor * gate, the product in float32. Rows of `gate` may lie in a wider matrix."""
+    return _run(x, gate, factor, kind, gamma, beta, eps, dtype, given)
+
+
+def _run(
+    x: Tensor, gate: Tensor | None, factor: float, kind: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows, width = x.shape
+    if x.stride(1) != 1 or (gate is not None and (gate.shape != x.shape or gate.stride(1) != 1)):
+        raise ValueError(f"rows lie whole and gate is shaped like x, got {tuple(x.shape)} and {None if gate is None else tuple(gate.shape)}")
+    if kind.shape != (rows,) or gamma.shape != beta.shape or gamma.shape[1] != width or gamma.dtype != torch.float32 or beta.dtype != torch.float32:
+        raise ValueError(f"kind is [{rows}], gamma and beta float32 [kinds, {width}]; got {tuple(kind.shape)}, {tuple(gamma.shape)} {gamma.dtype}")
+    out = torch.empty(rows, width, dtype=dtype, device=x.device)
+    quantised = dtype == FP8
+    scale = torch.empty(rows if quantised else 0, dtype=torch.float32, device=x.device)
+    if rows:
+        # One warp a row is fastest from 2,048 rows on (reports/h200-kernels): no warp waits for another, and loads are 16 bytes wide still.
+        _norm[(rows,)](
+            x, x if gate is None else gate, kind, gamma, beta, out, scale, gamma if given is None else given, x.stride(0),
+            0 if gate is None else gate.stride(0), factor, eps, WIDTH=width, PADDED=triton.next_power_of_2(width), GATED=gate is not None,
+            QUANTISED=quantised, GIVEN=given is not None, LARGEST=LARGEST, num_warps=1,
+        )  # fmt: skip
+    return out, scale

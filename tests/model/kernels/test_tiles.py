@@ -1,0 +1,81 @@
+"""Tile tables against loops over rows and keys."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from model.kernels.tiles import (
+    END,
+    FIRST,
+    FIRST_KEY,
+    HIGH,
+    HISTORY_END,
+    KEY_ROW,
+    KEY_ROWS,
+    LOW,
+    OWN_ROW,
+    QUERY,
+    REQUEST,
+    ROW,
+    ROWS,
+    key_tiles,
+    query_tiles,
+)
+from tests.model.kernels.cases import random_case
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_query_tiles_cover_every_row_once_and_tell_its_reach(seed: int) -> None:
+    case = random_case(np.random.default_rng(seed))
+    table = query_tiles(case.history, case.candidates, case.limit, 16)
+    seen: list[int] = []
+    for tile in table.tolist():
+        rows = range(tile[ROW], tile[ROW] + tile[ROWS])
+        seen += rows
+        request = tile[REQUEST]
+        start, past = int(case.starts[request]), int(case.history[request])
+        assert tile[FIRST_KEY] == start
+        assert {row - start >= past for row in rows} == {tile[OWN_ROW] >= 0}
+        assert tile[OWN_ROW] in (-1, tile[ROW])
+        assert (tile[LOW], tile[HIGH]) == (min(case.limit[rows]), max(case.limit[rows]))
+    assert sorted(seen) == list(range(len(case.limit)))
+    assert table[:, HIGH].tolist() == sorted(table[:, HIGH].tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_last_layer_counts_candidates_and_points_at_their_tokens(seed: int) -> None:
+    case = random_case(np.random.default_rng(seed))
+    tokens = np.concatenate([np.arange(s + h, s + h + c) for s, h, c in zip(case.starts, case.history, case.candidates, strict=True)])
+    table = query_tiles(case.history, case.candidates, case.limit, 16, last=True)
+    seen: list[int] = []
+    for tile in table.tolist():
+        rows = range(tile[ROW], tile[ROW] + tile[ROWS])
+        seen += rows
+        assert tokens[rows].tolist() == list(range(tile[OWN_ROW], tile[OWN_ROW] + tile[ROWS]))
+        assert tile[FIRST_KEY] == case.starts[tile[REQUEST]]
+        assert (tile[LOW], tile[HIGH]) == (min(case.limit[tokens[rows]]), max(case.limit[tokens[rows]]))
+    assert sorted(seen) == list(range(len(tokens)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_key_tiles_cover_the_histories_and_begin_at_the_first_query_that_sees_them(seed: int) -> None:
+    case = random_case(np.random.default_rng(seed))
+    seen: list[int] = []
+    for tile in key_tiles(case.history, case.candidates, case.limit, 16).tolist():
+        seen += range(tile[KEY_ROW], tile[KEY_ROW] + tile[KEY_ROWS])
+        request = int(np.flatnonzero(case.starts == tile[FIRST])[-1] if (case.starts == tile[FIRST]).sum() == 1 else -1)
+        if request >= 0:
+            assert tile[HISTORY_END] == tile[FIRST] + case.history[request]
+            assert tile[END] == tile[HISTORY_END] + case.candidates[request]
+        key = tile[KEY_ROW] - tile[FIRST]
+        within = [row for row in range(tile[FIRST], tile[HISTORY_END]) if case.limit[row] > key]
+        assert tile[QUERY] == min(within, default=tile[HISTORY_END])
+    histories = [range(s, s + h) for s, h in zip(case.starts.tolist(), case.history.tolist(), strict=True)]
+    assert sorted(seen) == [row for rows in histories for row in rows]
+
+
+def test_no_candidates_no_tiles() -> None:
+    history, candidates = np.array([3, 4]), np.array([0, 0])
+    assert query_tiles(history, candidates, np.full(7, 3), 16, last=True).shape == (0, 8)
+    assert query_tiles(np.array([0]), np.array([0]), np.empty(0, np.int32), 16).shape == (0, 8)
