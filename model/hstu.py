@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.batch import JaggedLayout
 from model.config import KINDS, ModelConfig
 from model.embeddings import project
 from model.masks import Layout, take_rows
@@ -43,7 +44,7 @@ def pointwise(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 class HistoryCandidateAttention(nn.Module):
-    """sum_j silu(alpha q_i k_j) v_j over the tokens each row sees, before the 1/N. No parameters: a kernel may stand in for it."""
+    """sum_j silu(alpha q_i k_j) v_j over the tokens each row sees, before the 1/N. By the kernels where the layout is theirs."""
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
@@ -51,8 +52,11 @@ class HistoryCandidateAttention(nn.Module):
         self.head_width = width // heads
         self.alpha = self.head_width**-0.5
 
-    def forward(self, qkv: Tensor, layout: Layout) -> Tensor:
+    def forward(self, qkv: Tensor, layout: Layout | JaggedLayout) -> Tensor:
         """[T, 3 * width] rows of all tokens -> [T, width]."""
+        if isinstance(layout, JaggedLayout):
+            q, k, v = qkv.chunk(3, dim=1)
+            return self._kernel(q, k, v, layout.tiles, layout.key_tiles, layout)
         padded = take_rows(qkv, layout.rows, layout.unpad)
         q, k, v = self._split(padded[: layout.places], layout.requests, layout.history, 3)
         own_q, own_k, own_v = self._split(padded[layout.places :], layout.requests, layout.candidates, 3)
@@ -60,14 +64,23 @@ class HistoryCandidateAttention(nn.Module):
         candidates = self._candidates(own_q, own_k, own_v, k, v, layout)
         return take_rows(torch.cat([self._join(history), self._join(candidates)]), layout.unpad, layout.rows, layout.filled)
 
-    def last(self, candidate_q: Tensor, kv: Tensor, layout: Layout) -> Tensor:
+    def last(self, candidate_q: Tensor, kv: Tensor, layout: Layout | JaggedLayout) -> Tensor:
         """[C, width] queries and [T, 2 * width] keys and values -> [C, width]: only the candidates' rows."""
+        if isinstance(layout, JaggedLayout):
+            k, v = kv.chunk(2, dim=1)
+            q = torch.zeros_like(k).index_copy(0, layout.candidate_rows, candidate_q)  # the gradient wants queries beside their keys
+            return self._kernel(q, k, v, layout.candidate_tiles, layout.candidate_key_tiles, layout).index_select(0, layout.candidate_rows)
         padded = take_rows(kv, layout.rows, layout.unpad)
         k, v = self._split(padded[: layout.places], layout.requests, layout.history, 2)
         own_k, own_v = self._split(padded[layout.places :], layout.requests, layout.candidates, 2)
         (own_q,) = self._split(take_rows(candidate_q, layout.candidate_places, layout.candidate_unpad), layout.requests, layout.candidates, 1)
         candidates = self._join(self._candidates(own_q, own_k, own_v, k, v, layout))
         return take_rows(candidates, layout.candidate_unpad, layout.candidate_places, layout.filled[layout.places :])
+
+    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, key_tiles: Tensor, layout: JaggedLayout) -> Tensor:
+        from model.kernels import ops  # needs Triton, which only machines with a GPU have
+
+        return ops.attention(q, k, v, tiles, key_tiles, layout.limit, self.heads, layout.block, self.alpha, 1.0, False)
 
     def _candidates(self, own_q: Tensor, own_k: Tensor, own_v: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         """[B, heads, Kp, head width]: the history each candidate sees, and itself."""
@@ -102,14 +115,14 @@ class HstuBlock(nn.Module):
         self.attention = HistoryCandidateAttention(config.heads, width)
         self.merge = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, kind: Tensor, layout: Layout, last: bool) -> Tensor:
+    def forward(self, x: Tensor, kind: Tensor, layout: Layout | JaggedLayout, last: bool) -> Tensor:
         """[T, width] float32 -> the same, or the candidates' [C, width] in the last layer."""
         if last:
             return self._last(x, kind, layout)
         u, qkv = functional.silu(project(self.uqkv, self.norm1(x, kind))).split([self.width, 3 * self.width], dim=-1)
         return self._gate(x, u, self.attention(qkv, layout), kind)
 
-    def _last(self, x: Tensor, kind: Tensor, layout: Layout) -> Tensor:
+    def _last(self, x: Tensor, kind: Tensor, layout: Layout | JaggedLayout) -> Tensor:
         normed = self.norm1(x, kind)
         rows = layout.candidate_rows
         u, q = functional.silu(project(self.uq, functional.embedding(rows, normed))).split(self.width, dim=-1)

@@ -6,7 +6,7 @@ with little padding. The order of an epoch is a function of (seed, epoch) alone,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.batch import PackedBatch, pack
+from model.batch import JaggedBatch, PackedBatch
 from pipeline.contracts import FeatureSchema, LabelledRequest, RankingRequest
 
+Pack = Callable[[Sequence[RankingRequest]], PackedBatch | JaggedBatch]
 WINDOW = 1024
 """Samples sorted together. Larger pads less and makes batches more alike; a thousand leaves under a tenth of padding on MovieLens."""
 
@@ -73,7 +74,7 @@ class Hiding:
         cross = tuple(i for i, name in enumerate(schema.cross) if name.startswith(tuple(hidden)))
         return cls(unknown_share=unknown_share, event=event, candidate=candidate, hidden_share=hidden_share, cross=cross)
 
-    def apply(self, batch: PackedBatch, candidates: Sequence[int], rng: np.random.Generator) -> None:
+    def apply(self, batch: PackedBatch | JaggedBatch, candidates: Sequence[int], rng: np.random.Generator) -> None:
         """Hide in place; `candidates` are the counts of the batch's requests."""
         if self.unknown_share:
             for ids, columns in ((batch.event_ids, self.event), (batch.candidate_ids, self.candidate)):
@@ -89,23 +90,23 @@ def packed(
     samples: Sequence[LabelledRequest],
     batches: Sequence[NDArray[np.int64]],
     device: torch.device,
-    bucket: int,
+    pack: Pack,
     seed: Sequence[int],
     hiding: Hiding | None = None,
-) -> Iterator[tuple[PackedBatch, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[PackedBatch | JaggedBatch, torch.Tensor, torch.Tensor]]:
     """(batch, labels [C, heads], known [C, heads] of 0 and 1, both float32) of each batch, made by one thread two batches ahead.
 
     What `hiding` hides follows from `seed` and the batch's samples.
     """
 
-    def make(rows: NDArray[np.int64]) -> tuple[PackedBatch, torch.Tensor, torch.Tensor]:
+    def make(rows: NDArray[np.int64]) -> tuple[PackedBatch | JaggedBatch, torch.Tensor, torch.Tensor]:
         chosen = [samples[i] for i in rows.tolist()]
-        batch = pack([s.request for s in chosen], bucket)
+        batch = pack([s.request for s in chosen])
         if hiding:
             hiding.apply(batch, [len(s.labels) for s in chosen], np.random.default_rng((*seed, *rows[:1].tolist())))
         labels = torch.from_numpy(np.concatenate([s.labels for s in chosen]).astype(np.float32, copy=False))
         known = torch.from_numpy(np.concatenate([s.known for s in chosen]).astype(np.float32))
-        return move(batch, device), labels.to(device, non_blocking=True), known.to(device, non_blocking=True)
+        return batch.to(device), labels.to(device, non_blocking=True), known.to(device, non_blocking=True)
 
     with ThreadPoolExecutor(1, thread_name_prefix="pack") as pool:
         ahead = [pool.submit(make, rows) for rows in batches[:2]]
@@ -114,10 +115,3 @@ def packed(
             if i + 2 < len(batches):
                 ahead.append(pool.submit(make, batches[i + 2]))
             yield ready
-
-
-def move(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """The batch on `device`."""
-    if device.type == "cpu":
-        return batch
-    return PackedBatch(**{name: value.pin_memory().to(device, non_blocking=True) for name, value in vars(batch).items()})

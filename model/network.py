@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from model.batch import JaggedBatch
 from model.config import ModelConfig
 from model.embeddings import TokenEmbedding, TokenGate
 from model.gated_conv import GatedConvBlock
@@ -104,6 +105,17 @@ class MTGR(nn.Module):
         )
         for number, block in enumerate(self.blocks):
             x = block(x, kind, places, last=number == self.config.layers - 1)
+        return self.heads(x)
+
+    def logits_jagged(self, batch: JaggedBatch) -> Tensor:
+        """`logits` over the kernels' kind of batch, on a GPU. Raises ValueError for layer=gated_conv, which has no kernels."""
+        if self.config.layer != "hstu":
+            raise ValueError(f"kernels know layer=hstu, got {self.config.layer}; pack the requests with batch.pack")
+        x = self.embedding(batch.user_ids, batch.event_ids, batch.candidate_ids, batch.cross, batch.token_source, batch.kind)
+        if self.token_gate is not None:
+            x = self.token_gate(x)
+        for number, block in enumerate(self.blocks):
+            x = block(x, batch.kind, batch.layout, last=number == self.config.layers - 1)
         return self.heads(x)
 
     @property

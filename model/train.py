@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +26,11 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from model import checkpoint
-from model.batch import pack
+from model.batch import pack, pack_for_kernels
 from model.config import ModelConfig
 from model.datasets import open_dataset
-from model.loader import Hiding, by_length, epoch_batches, lengths, move, packed
+from model.kernels.tiles import HEAD_WIDTHS
+from model.loader import Hiding, Pack, by_length, epoch_batches, lengths, packed
 from model.metrics import evaluate
 from model.network import MTGR
 from model.optimiser import optimisers, schedule, set_rate
@@ -187,6 +190,7 @@ class _Run:
         self.device = next(network.parameters()).device
         self.columns = [HEADS.index(head) for head in network.schema.heads]
         self.weights = torch.tensor([config.head_weights.get(head, 1.0) for head in network.schema.heads], device=self.device)
+        self.pack = packing(network, config.bucket)
         self.hiding = Hiding.of(network.schema, config.unknown_share, config.unknown_rows, config.hidden_share, config.hidden_columns)
         self.optimisers = optimisers(network, learning_rate=config.learning_rate, table_rate=config.table_rate, weight_decay=config.weight_decay)
         self.dense = [p for group in self.optimisers[0].param_groups for p in group["params"]]
@@ -210,7 +214,7 @@ class _Run:
         due = {round(len(batches) * (i + 1) / self.config.validations) for i in range(self.config.validations)}
         losses: list[torch.Tensor] = []
         first, self.epoch = self.batch, epoch
-        stream = packed(self.samples, batches[first:], self.device, self.config.bucket, (self.config.seed, epoch), self.hiding)
+        stream = packed(self.samples, batches[first:], self.device, self.pack, (self.config.seed, epoch), self.hiding)
         for number, (batch, labels, known) in enumerate(stream, start=first + 1):
             set_rate(self.optimisers, schedule(self.done, self.config.warmup, self.config.decay))
             losses.append(self._learn(batch, labels, known))
@@ -234,7 +238,7 @@ class _Run:
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         with _autocast(self.config.precision, self.device):
-            logits = self.network.logits(*batch.tensors())
+            logits = batch.logits(self.network)
         loss = masked_loss(logits[:, self.columns], labels[:, self.columns], known[:, self.columns], self.weights)
         loss.backward()
         if self.config.clip_norm:
@@ -302,6 +306,15 @@ def masked_loss(logits: torch.Tensor, labels: torch.Tensor, known: torch.Tensor,
     return (head_weights * losses / known.sum(dim=0).clamp(min=1)).sum()
 
 
+def packing(network: MTGR, bucket: int) -> Pack:
+    """How batches are packed for a network where it is: for the kernels on a GPU that has Triton, else in rectangles of multiples of `bucket`."""
+    device = next(network.parameters()).device
+    config = network.config
+    if device.type == "cuda" and config.layer == "hstu" and config.d_model // config.heads in HEAD_WIDTHS and find_spec("triton"):
+        return partial(pack_for_kernels, dynamic=config.dynamic_mask)
+    return partial(pack, bucket=bucket)
+
+
 @torch.no_grad()
 def score(
     model: MTGR, samples: Sequence[LabelledRequest] | Sequence[RankingRequest], batch_tokens: int = 16_384, precision: str = "fp32"
@@ -309,12 +322,13 @@ def score(
     """[K, 4] probabilities of each sample, in their order."""
     model.eval()
     device = next(model.parameters()).device
+    pack = packing(model, 16)
     requests = [item.request if isinstance(item, LabelledRequest) else item for item in samples]
     scores: list[NDArray[np.float32]] = [np.empty((0, len(HEADS)), dtype=np.float32)] * len(requests)
     for rows in by_length(lengths(requests), batch_tokens):
         chosen = [requests[i] for i in rows.tolist()]
         with _autocast(precision, device):
-            result = model(*move(pack(chosen, 16), device).tensors()).float().cpu().numpy()
+            result = torch.sigmoid(pack(chosen).to(device).logits(model).float()).cpu().numpy()
         ends = np.cumsum([len(r.candidates) for r in chosen])[:-1]
         for i, part in zip(rows.tolist(), np.split(result, ends), strict=True):
             scores[i] = part

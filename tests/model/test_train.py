@@ -137,7 +137,7 @@ def test_masked_loss_is_its_formula(tmp_path: Path) -> None:
     sizes = lengths([s.request for s in samples])
     rows = by_length(sizes, 10**6)
     assert len(rows) == 1
-    batch, labels, known = next(packed(samples, rows, torch.device("cpu"), 16, seed=(0,)))
+    batch, labels, known = next(packed(samples, rows, torch.device("cpu"), pack, seed=(0,)))
     logits = torch.randn(labels.shape, generator=torch.Generator().manual_seed(0))
     parts: dict[int, list[float]] = {0: [], 1: [], 2: []}
     row = 0
@@ -174,7 +174,7 @@ def test_unknown_ids_hit_large_tables_only_and_repeat_with_the_seed() -> None:
 
     def ids(share: float, seed: int) -> tuple[torch.Tensor, ...]:
         hiding = Hiding.of(SCHEMA, share, 50, 0.0, ())
-        batch, _, _ = next(packed(samples, rows, torch.device("cpu"), 16, (seed,), hiding))
+        batch, _, _ = next(packed(samples, rows, torch.device("cpu"), pack, (seed,), hiding))
         return batch.event_ids, batch.candidate_ids
 
     schema_ids = ids(0.0, 0)
@@ -194,7 +194,7 @@ def test_hidden_columns_are_hidden_for_whole_requests_and_no_others() -> None:
     schema = replace(SCHEMA, cross=("user_rate/recommendation", *(f"item_user_{i}" for i in range(len(SCHEMA.cross) - 1))))
 
     def cross(share: float) -> np.ndarray[Any, Any]:
-        batch, _, _ = next(packed(samples, rows, torch.device("cpu"), 16, (0,), Hiding.of(schema, 0.0, 50, share, ("user_", "absent"))))
+        batch, _, _ = next(packed(samples, rows, torch.device("cpu"), pack, (0,), Hiding.of(schema, 0.0, 50, share, ("user_", "absent"))))
         return batch.cross.numpy()
 
     plain, hidden = cross(0.0), cross(0.5)
