@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from pipeline.contracts import Settings
 
-SCORE: Mapping[str, float] = {"fp32": 5e-5, "bf16": 2e-2, "int8": 5e-2}
+SCORE: Mapping[str, float] = {"fp32": 5e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 2e-2, "int8": 5e-2, "fp8": 1e-1}
 """Largest absolute difference of a probability. The smallest planted mistake in the model moves toy scores by 0.05."""
 
 

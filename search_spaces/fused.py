@@ -1,0 +1,50 @@
+"""Our own kernels on a GPU, by CUDA graphs."""
+
+from __future__ import annotations
+
+from pipeline.contracts import Settings
+from search_spaces.common import SERVE, SERVE_DEFAULTS
+from search_spaces.space import Choice, Int, Space
+
+
+def space(cores: int) -> Space:
+    """The engine's knobs; `cores` of the host play no part."""
+    defaults: Settings = {
+        "build.precision": "fp32",
+        "engine.graphs": True,
+        "engine.steps": 4,
+        "engine.block": 0,
+        **SERVE_DEFAULTS,
+    }
+    tokens = Choice(
+        name="serve.max_batch_tokens",
+        options=(2048, 4096, 8192, 16384, 32768, 65536),
+        why="2048 is one longest request of the largest model; at 65536 products reach what they can, and a batch of large takes 55 ms",
+    )
+    return Space(
+        backend="fused",
+        nodes=(
+            Choice(
+                name="build.precision",
+                options=("fp32", "tf32", "bf16", "fp16", "fp8"),
+                why="fp32 is the reference and slowest; fp16 keeps more digits than bf16 over less range; fp8 halves the products' time",
+            ),
+            Choice(
+                name="engine.graphs",
+                options=(True, False),
+                why="a small batch ends before the host has launched it; graphs cost memory and load time",
+            ),
+            Int(name="engine.steps", low=1, high=8, why="more sizes an octave pad less and capture longer: 8 leave at most a ninth empty"),
+            Choice(
+                name="engine.block",
+                options=(0, 64, 128),
+                why="64 rows a tile fill the chip with small batches, 128 read keys half as often",
+            ),
+            *(tokens if knob.name == tokens.name else knob for knob in SERVE),
+        ),
+        defaults=defaults,
+        presets=(
+            {"build.precision": "bf16", "serve.max_wait_ms": 0.0, "serve.max_batch_tokens": 32768},
+            {"build.precision": "fp8", "serve.max_wait_ms": 0.0, "serve.max_batch_tokens": 32768},
+        ),
+    )
