@@ -123,6 +123,11 @@ class MTGR(nn.Module):
         """Type of the dense weights."""
         return self.embedding.user_projection.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.user_projection.weight.device
+
     def table_parameters(self) -> Iterator[nn.Parameter]:
         """The embedding tables."""
         return self.embedding.features.parameters()

@@ -1,4 +1,4 @@
-"""Plain PyTorch, one operator after the other: the baseline, and in float32 the reference of every other engine."""
+"""Plain PyTorch, one operator after the other, on the GPU where there is one: the baseline, and in float32 the reference of every other engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle, threads
-from pipeline.backends.pytorch import Threads, compilation_counter, missing, runner
+from pipeline.backends.pytorch import Threads, compilation_counter, device, missing, runner
 from pipeline.backends.session import BatchedSession, policy
 from pipeline.contracts import Settings
 
@@ -43,17 +43,23 @@ class Eager:
         from model import checkpoint as checkpoints
         from model import precision
 
-        model = checkpoints.load(folder / MODEL)
+        where = device()
+        model = checkpoints.load(folder / MODEL).to(where)
         pool = Threads(int(settled["engine.threads"]))
+
+        def close() -> None:
+            pool.restore()
+            model.to("cpu")  # gives the GPU's memory back to torch, which the process's end gives to the machine
+
         return BatchedSession(
-            runner(model, policy(settled).multiple, precision.read(model)),
+            runner(model, policy(settled).multiple, precision.read(model), where),
             schema=built.schema,
             max_seq_len=built.max_seq_len,
             settings=settled,
-            effective=lambda: {"build.precision": precision.read(model), "engine.threads": pool.read()},
+            effective=lambda: {"build.precision": precision.read(model), "engine.threads": pool.read(), "engine.device": model.device.type},
             counters=compilation_counter(),
             on_start=pool.start,
-            on_close=pool.restore,
+            on_close=close,
         )
 
 

@@ -27,8 +27,18 @@ def missing() -> str | None:
     return None if find_spec("torch") else "torch is not installed; pip install torch"
 
 
-def runner(network: Callable[..., Tensor], multiple: int, precision: str) -> Run:
-    """A `run` for BatchedSession over a network that takes the inputs of `PackedBatch`; padded lengths are multiples of `multiple`."""
+def device() -> str:
+    """Where torch computes on this machine: cuda where there is a GPU it can use, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def runner(network: Callable[..., Tensor], multiple: int, precision: str, where: str = "cpu") -> Run:
+    """A `run` for BatchedSession over a network on device `where`, which takes the inputs of `PackedBatch`.
+
+    Padded lengths are multiples of `multiple`.
+    """
     import torch
 
     def run(requests: Sequence[RankingRequest]) -> NDArray[np.float32]:
@@ -37,7 +47,7 @@ def runner(network: Callable[..., Tensor], multiple: int, precision: str) -> Run
         if precision == "bf16":
             arrays = round_batch(arrays)
         with torch.inference_mode():
-            scores: NDArray[np.float32] = network(*(torch.from_numpy(arrays[name]) for name in INPUT_NAMES)).numpy()
+            scores: NDArray[np.float32] = network(*(torch.from_numpy(arrays[name]).to(where) for name in INPUT_NAMES)).cpu().numpy()
         return scores[:count]
 
     return run

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
@@ -196,6 +197,8 @@ def test_effective_settings_are_those_asked_for(case: Case, threads: int) -> Non
         session.submit(random_request(np.random.default_rng(6))).result(60)
         wanted = {**case.settings, **asked}
         assert {name: session.effective.get(name) for name in wanted} == wanted
+        if case.backend.name == "eager":
+            assert session.effective["engine.device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     finally:
         session.close()
 
