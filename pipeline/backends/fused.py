@@ -1,13 +1,12 @@
 """Our kernels on a GPU: the fused network, replayed from CUDA graphs captured at load, one for each of a ladder of batch sizes.
 
 A build keeps the checkpoint's own weights; `load` puts them into the precision and layout of the kernels. A batch is packed on the host into
-one pinned buffer, travels in one copy, is replayed and comes back in one copy, with one wait at the end. Triton's compiled kernels are kept in
-the engine's folder, so a second load compiles nothing. Not here: AOTInductor, which crashes on loading any package for CUDA with torch 2.11.
+one pinned buffer, travels in one copy, is replayed and comes back in one copy, with one wait at the end. Triton keeps compiled kernels in its
+own cache, so a second load on a machine compiles nothing. Not here: AOTInductor, which with torch 2.11 crashes on opening any package for CUDA.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from model.fused import FusedMTGR
 
 MODEL = "model"
-KERNELS = "kernels"
 
 BUILD: Mapping[str, Knob] = {"build.precision": Knob(default="fp32", options=("fp32", "tf32", "bf16", "fp16", "fp8"))}
 LOAD: Mapping[str, Knob] = {
@@ -79,7 +77,6 @@ class Fused:
         """Weights to the GPU, kernels compiled or found, graphs captured. Raises SettingsError, ArtifactError or CheckpointError."""
         settled = settle(self.name, settings, LOAD)
         built = engine.read(folder, self.name)
-        os.environ.setdefault("TRITON_CACHE_DIR", str((folder / KERNELS).resolve()))  # read when the first kernel is compiled
         from model import checkpoint as checkpoints
         from model.fused import FusedMTGR
 
