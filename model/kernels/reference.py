@@ -14,13 +14,13 @@ def attention(
 
     Differentiable.
     """
-    parts, start = [], 0
+    parts, start, width = [], 0, q.shape[1] // heads
     for past, offered in zip(history, candidates, strict=True):
         rows = slice(start, start + past + offered)
         start += past + offered
-        wide = [x[rows].double().view(past + offered, heads, -1).transpose(0, 1) for x in (q, k, v)]
+        wide = [x[rows].double().view(past + offered, heads, width).transpose(0, 1) for x in (q, k, v)]
         key = torch.arange(past + offered, device=q.device)
         seen = (key < limit[rows, None]) & (key < past) | (key[:, None] == key) & (key >= past)
         weights = functional.silu(alpha * wide[0] @ wide[1].transpose(1, 2)) * seen
-        parts.append((scale * weights @ wide[2]).transpose(0, 1).reshape(past + offered, -1))
+        parts.append((scale * weights @ wide[2]).transpose(0, 1).reshape(past + offered, heads * width))
     return torch.cat(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,6 +60,13 @@ def test_forward_agrees_with_the_oracle(dtype: torch.dtype, seed: int) -> None:
     rng = np.random.default_rng(seed)
     case = random_case(rng, dtype)
     assert distance(run(case, splits=1 + seed % 3), oracle(case)) < TOLERANCE[dtype]
+
+
+def test_a_request_without_tokens_among_others() -> None:
+    case = random_case(np.random.default_rng(0))
+    gap = replace(case, history=np.insert(case.history, 1, 0), candidates=np.insert(case.candidates, 1, 0))
+    assert distance(run(gap), oracle(case)) < TOLERANCE[torch.float32]
+    assert torch.equal(oracle(gap), oracle(case))
 
 
 @pytest.mark.parametrize("width", HEAD_WIDTHS)
