@@ -125,10 +125,10 @@ def pack_for_kernels(requests: Sequence[RankingRequest], block: int = 64, *, dyn
     arrays = pack_jagged(requests, None, block, dynamic=dynamic)
     history = np.array([len(r.user) + len(r.events) for r in requests])
     candidates = np.array([len(r.candidates) for r in requests])
-    keys = key_tiles(history, candidates, arrays["limit"].astype(np.int32), KEY_BLOCK)
+    keys = key_tiles(history, candidates, arrays["limit"].astype(np.int32, copy=False), KEY_BLOCK)
     of_candidates = keys.copy()
     of_candidates[:, QUERY] = keys[:, HISTORY_END]
-    tiles = arrays["tiles"].astype(np.int32)
+    tiles = arrays["tiles"].astype(np.int32, copy=False)
     own = tiles[tiles[:, OWN_ROW] >= 0]
     ids = {name: torch.from_numpy(arrays[f"{name}_rows"]).long() for name in ("user", "event", "candidate")}
     return JaggedBatch(

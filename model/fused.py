@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.config import ModelConfig
+from model.config import KINDS, ModelConfig
 from model.hstu import GroupLayerNorm
 from model.jagged import TableRows
 from model.kernels import ops
 from model.kernels.linear import FP8
+from model.kernels.norms import LARGEST
 from model.network import MTGR
+from model.packing import REALTIME
 from pipeline.contracts import HEADS
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -32,7 +34,7 @@ class Norm(nn.Module):
 
     def __init__(self, norm: GroupLayerNorm, dtype: torch.dtype) -> None:
         super().__init__()
-        kinds = 4  # a shared pair of parameters is spelled out: the kernel knows kinds only
+        kinds = len(KINDS)  # a shared pair of parameters is spelled out: the kernel knows kinds only
         self.register_buffer("gamma", norm.gamma.detach().float().expand(kinds, -1).contiguous())
         self.register_buffer("beta", norm.beta.detach().float().expand(kinds, -1).contiguous())
         self.eps, self.dtype = norm.eps, dtype
@@ -56,7 +58,7 @@ class Linear(nn.Module):
         weight = source.weight.detach().float()
         scale = None
         if dtype == FP8:
-            scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 448.0
+            scale = weight.abs().amax(dim=1).clamp(min=1e-12) / LARGEST
             weight = weight / scale[:, None]
         self.register_buffer("weight", weight.to(dtype).contiguous())
         self.register_buffer("bias", source.bias.detach().to(rows))
@@ -234,7 +236,7 @@ class FusedMTGR(nn.Module):
         tokens = functional.embedding(token_source, torch.cat([*groups, self.event_mlp(events), offered]))
         if self.realtime_mlp is not None:
             own = functional.embedding(token_source, torch.cat([*groups, self.realtime_mlp(events), offered]))
-            tokens = torch.where((kind == 2)[:, None], own, tokens)
+            tokens = torch.where((kind == REALTIME)[:, None], own, tokens)
         return tokens.float()
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from model.kernels.tiles import COLUMNS, query_tiles
+from model.kernels.tiles import query_tiles
 from model.packing import CANDIDATE, REALTIME, STATIC, USER
 from pipeline.contracts import FeatureSchema, RankingRequest
 
@@ -31,8 +31,6 @@ NAMES = (
     "candidate_tiles",
 )
 """Order of the fused network's inputs."""
-ALIGN = 64
-"""Bytes at whose multiples an array begins in the buffer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +112,7 @@ def pack_jagged(
         "candidate_limit": limit[offered].astype(np.int32),
         "candidate_tiles": query_tiles(history, candidates, limit, block, last=True),
     }
-    return _fill(arrays, sizes, sizes_of(requests, block)) if sizes else arrays
+    return _fill(arrays, sizes) if sizes else arrays
 
 
 def sizes_of(requests: Sequence[RankingRequest], block: int) -> Sizes:
@@ -132,10 +130,9 @@ def sizes_of(requests: Sequence[RankingRequest], block: int) -> Sizes:
     )
 
 
-def _fill(arrays: dict[str, NDArray[np.generic]], sizes: Sizes, needed: Sizes) -> dict[str, NDArray[np.generic]]:
-    if not sizes.holds(needed):
-        raise ValueError(f"a batch of {needed} does not fit in {sizes}; give it room or split it")
-    rows = {
+def lengths(sizes: Sizes) -> dict[str, int]:
+    """Rows of each array, by NAMES, in a batch of `sizes`."""
+    return {
         "user_rows": sizes.requests,
         "event_rows": sizes.events,
         **dict.fromkeys(("candidate_rows", "cross", "candidate_tokens", "candidate_limit"), sizes.candidates),
@@ -143,11 +140,15 @@ def _fill(arrays: dict[str, NDArray[np.generic]], sizes: Sizes, needed: Sizes) -
         "tiles": sizes.tiles,
         "candidate_tiles": sizes.candidate_tiles,
     }
+
+
+def _fill(arrays: dict[str, NDArray[np.generic]], sizes: Sizes) -> dict[str, NDArray[np.generic]]:
+    rows = lengths(sizes)
+    if any(len(array) > rows[name] for name, array in arrays.items()):
+        needed = {name: len(array) for name, array in arrays.items()}
+        raise ValueError(f"a batch of {needed} does not fit in {sizes}; give it room or split it")
     filled = {}
     for name, array in arrays.items():
         filled[name] = np.zeros((rows[name], *array.shape[1:]), array.dtype)
         filled[name][: len(array)] = array
     return filled
-
-
-__all__ = ["COLUMNS", "NAMES", "Sizes", "TableRows", "pack_jagged", "sizes_of"]

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.jagged import NAMES, Sizes, TableRows, pack_jagged, sizes_of
+from model.jagged import NAMES, Sizes, TableRows, lengths, pack_jagged, sizes_of
+from model.kernels.tiles import COLUMNS
 from model.ladder import fitting, sizes, tokens_of
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.pytorch import missing
 from pipeline.backends.session import BatchedSession
-from pipeline.contracts import RankingRequest, Settings
+from pipeline.contracts import HEADS, RankingRequest, Settings
 from pipeline.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ LOAD: Mapping[str, Knob] = {
 SMALL_BATCH = 4096
 """Tokens up to which tiles of 64 rows are faster: larger ones do not fill the chip."""
 ALIGN = 64
+"""Bytes at whose multiples an array begins in the buffer."""
 OLDEST = (9, 0)
 
 
@@ -172,19 +174,14 @@ class _Slot:
 
         self.network, self.block, self.graph = network, block, None
         schema = network.schema
-        shapes: dict[str, tuple[int, ...]] = {
-            "user_rows": (room.requests, len(schema.user)),
-            "event_rows": (room.events, len(schema.event)),
-            "candidate_rows": (room.candidates, len(schema.candidate)),
-            "cross": (room.candidates, len(schema.cross)),
-            "token_source": (room.tokens,),
-            "kind": (room.tokens,),
-            "limit": (room.tokens,),
-            "tiles": (room.tiles, 8),
-            "candidate_tokens": (room.candidates,),
-            "candidate_limit": (room.candidates,),
-            "candidate_tiles": (room.candidate_tiles, 8),
+        columns = {
+            "user_rows": (len(schema.user),),
+            "event_rows": (len(schema.event),),
+            "candidate_rows": (len(schema.candidate),),
+            "cross": (len(schema.cross),),
+            **dict.fromkeys(("tiles", "candidate_tiles"), (COLUMNS,)),
         }
+        shapes = {name: (rows, *columns.get(name, ())) for name, rows in lengths(room).items()}
         places, end = {}, 0
         for name in NAMES:
             places[name] = end
@@ -198,7 +195,7 @@ class _Slot:
             self.there[places[name] :][: int(np.prod(shapes[name])) * 4].view(torch.float32 if name == "cross" else torch.int32).view(shapes[name])
             for name in NAMES
         ]
-        self.scores = torch.zeros(room.candidates, 4, pin_memory=pinned)
+        self.scores = torch.zeros(room.candidates, len(HEADS), pin_memory=pinned)
         with torch.inference_mode():
             self.result = self._network()
             if graph:
