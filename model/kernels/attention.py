@@ -1,7 +1,7 @@
 """SiLU attention of jagged requests, forward: out_i = scale * sum_j silu(alpha q_i k_j) v_j over the keys that row i sees. No softmax.
 
 One program takes one query tile of one head. Key tiles that all its rows see are read without a mask, those on the edge with one, the rest
-not at all; a candidate tile adds its diagonal from the rows themselves. Keys come from the token rows or, `blocks` given, from the pages of
+not at all; a candidate tile begins with its diagonal, from the rows themselves. Keys come from the token rows or, `blocks` given, from the pages of
 a cache. Products are accumulated in float32 and scaled after the last one. What a row sees is told in `tiles`, the slow double is `reference`.
 
 Measured on an H200 (figures: reports/h200-kernels): descriptors (TMA) instead of pointers are worth a fifth, one tanh instead of exp and a
@@ -69,29 +69,37 @@ def _forward(
     q = tl.load(q_ptr + (row + m).to(tl.int64)[:, None] * q_stride + head * WIDTH + d[None, :], mask=valid[:, None], other=0.0)
     limit = tl.load(limit_ptr + row + m, mask=valid, other=0)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    begin, full, end = 0, low // BLOCK_N * BLOCK_N, high
-    if SPLITS > 1:
-        part = tl.cdiv(tl.cdiv(high, SPLITS), BLOCK_N) * BLOCK_N
-        begin = split * part
-        end = min(high, begin + part)
-        full = max(begin, min(full, end // BLOCK_N * BLOCK_N))
-    for at in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
-        k, v = _keys(k_tiles, v_tiles, first_key, table, head, at, BLOCK_N, WIDTH, PAGE)
-        score = tl.dot(q, k.T, input_precision=PRECISION)
-        acc = tl.dot(silu(score * alpha, FAST).to(v.dtype), v, acc, input_precision=PRECISION)
-    for at in tl.range(full, end, BLOCK_N, num_stages=1):
-        k, v = _keys(k_tiles, v_tiles, first_key, table, head, at, BLOCK_N, WIDTH, PAGE)
-        score = tl.dot(q, k.T, input_precision=PRECISION)
-        weight = tl.where((at + n)[None, :] < limit[:, None], silu(score * alpha, FAST), 0.0)
-        # Rows beyond a request's history are other tokens, or a page's leftovers: any bits, NaN too. 0 * NaN would be NaN.
-        v = tl.where((at + n)[:, None] < high, v, 0.0)
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
-    if (own_row >= 0) & (split == 0):
+    if (own_row >= 0) & (split == 0):  # first, while the loops' registers are not yet taken
         own_at = (own_row + m).to(tl.int64)[:, None] * kv_stride + head * WIDTH + d[None, :]
         k = tl.load(k_ptr + own_at, mask=valid[:, None], other=0.0).to(tl.float32)
         v = tl.load(v_ptr + own_at, mask=valid[:, None], other=0.0).to(tl.float32)
         own = tl.sum(q.to(tl.float32) * k, 1) * alpha
         acc += silu(own, FAST)[:, None] * v
+    begin, end = 0, high
+    if SPLITS > 1:
+        part = tl.cdiv(tl.cdiv(high, SPLITS), BLOCK_N) * BLOCK_N
+        begin = split * part
+        end = min(high, begin + part)
+    last = end // BLOCK_N * BLOCK_N
+    full = max(begin, min(low // BLOCK_N * BLOCK_N, last))
+    last = max(full, last)
+    for at in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
+        k, v = _keys(k_tiles, v_tiles, first_key, table, head, at, BLOCK_N, WIDTH, PAGE)
+        score = tl.dot(q, k.T, input_precision=PRECISION)
+        acc = tl.dot(silu(score * alpha, FAST).to(v.dtype), v, acc, input_precision=PRECISION)
+    for at in tl.range(full, last, BLOCK_N, num_stages=2):
+        k, v = _keys(k_tiles, v_tiles, first_key, table, head, at, BLOCK_N, WIDTH, PAGE)
+        score = tl.dot(q, k.T, input_precision=PRECISION)
+        weight = tl.where((at + n)[None, :] < limit[:, None], silu(score * alpha, FAST), 0.0)
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
+    if last < end:
+        k, v = _keys(k_tiles, v_tiles, first_key, table, head, last, BLOCK_N, WIDTH, PAGE)
+        score = tl.dot(q, k.T, input_precision=PRECISION)
+        weight = tl.where((last + n)[None, :] < limit[:, None], silu(score * alpha, FAST), 0.0)
+        # Rows beyond a request's history are other tokens, or a page's leftovers: any bits, NaN too. 0 * NaN would be NaN. Only here, because
+        # values that pass through registers are no longer what the tensor cores fetch by themselves.
+        v = tl.where((last + n)[:, None] < high, v, 0.0)
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
     out = out_ptr + split * split_stride + (row + m).to(tl.int64)[:, None] * out_stride + head * WIDTH + d[None, :]
     tl.store(out, (acc * scale).to(out_ptr.dtype.element_ty), mask=valid[:, None])
 

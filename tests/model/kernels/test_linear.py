@@ -27,6 +27,9 @@ def test_both_epilogues(shape: tuple[int, int, int], dtype: torch.dtype) -> None
     wanted = functional.linear(x.double(), weight.double(), bias.double())
     assert distance(linear.linear_silu(x, weight, bias, None, None, dtype), functional.silu(wanted)) < TOLERANCE[dtype]
     assert distance(linear.linear_add(x, weight, bias, None, None, rest), rest + wanted) < 1e-5
+    narrow = linear.linear_add(x, weight, bias, None, None, rest.to(dtype))
+    assert narrow.dtype == dtype
+    assert distance(narrow, rest.to(dtype) + wanted) < TOLERANCE[dtype]
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="Triton's interpreter rounds fp8 otherwise than the chip")
@@ -90,7 +93,9 @@ def test_bad_input_is_refused_before_a_launch() -> None:
             given["w_scale"] = torch.ones(64, device=DEVICE)
         with pytest.raises(ValueError, match=rule):
             linear.linear_silu(**given, out_dtype=torch.float16)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rest is contiguous float32"):
+    with pytest.raises(ValueError, match="rest is a contiguous"):
         linear.linear_add(x, weight, bias, None, None, rest[:, :-1])
+    with pytest.raises(ValueError, match=r"float32, bfloat16, float16; got torch\.float64"):
+        linear.linear_add(x, weight, bias, None, None, rest.double())
     with pytest.raises(ValueError, match="kind is"):
         norms.group_norm(rest, torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.ones(4, 64), torch.ones(4, 64), 1e-6, torch.float32)
