@@ -1,7 +1,8 @@
 """From a checkpoint to a quantised one: calibrate, save, restore, export, compare; the manifest last.
 
-The folder holds the quantised model twice: as the quantiser's own state, from which it comes back bit for bit, and as ONNX with
-Q/DQ nodes, which engines read. Quantisation runs on the CPU, so that its result does not depend on the machine's device.
+The folder holds the quantised model twice: as the quantiser's own state, from which it comes back bit for bit, and as engines read it. That
+is ONNX with Q/DQ nodes for int8; for fp8 it is weights on their grid with the input scales of `scales` in config.json, and no graph, because
+no engine here reads one in fp8. Quantisation runs on the CPU, so that its result does not depend on the machine's device.
 The quantiser is imported inside functions, because it takes seconds.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from calibration import parity, samples
+from calibration import parity, samples, scales
 from calibration.recipes import Recipe, get
 from model import checkpoint as checkpoints
 from model.batch import pack
@@ -28,7 +29,8 @@ from pipeline.contracts import RankingRequest
 from pipeline.errors import CheckpointError, UserError
 from pipeline.requests import load_requests, validate
 
-GRAPH, STATE, CONFIG, MANIFEST = "model.onnx", "modelopt.pt", "config.json", "manifest.json"
+GRAPH, STATE = "model.onnx", "modelopt.pt"
+CONFIG, WEIGHTS, MANIFEST = checkpoints.CONFIG, checkpoints.WEIGHTS, checkpoints.MANIFEST
 
 Progress = Callable[[float, str], None]
 
@@ -36,14 +38,14 @@ BATCH = 8
 """Requests in one calibration batch: bounds memory, changes nothing else."""
 
 COMPARED = 32
-"""Requests on which the exported graph is compared with the fake-quantised model."""
+"""Requests on which what engines read is compared with the fake-quantised model, and that with the float model."""
 
 
 def quantise(checkpoint: Path, recipe: str, requests: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """Quantise `checkpoint` by the recipe of that name with the requests of an .npz, into the folder `out`. Returns its figures.
 
     Raises UserError for an unknown recipe or unfit requests, CheckpointError for a checkpoint that is not whole or holds a NaN, and
-    AssertionError where the restored model or the exported graph is not the calibrated one.
+    AssertionError where the restored model, or what engines read of it, is not the calibrated one.
     """
     started = monotonic()
     chosen = get(recipe)
@@ -56,17 +58,30 @@ def quantise(checkpoint: Path, recipe: str, requests: Path, out: Path, progress:
         validate(request, model.schema, model.config.max_seq_len)
 
     out.mkdir(parents=True, exist_ok=True)
+    compared = calibration[:COMPARED]
+    unrounded = _scores(model, compared)
     progress(0.1, "importing the quantiser")
     model = calibrate(model, chosen, calibration, lambda share: progress(0.3 + 0.3 * share, f"calibrating {recipe}"))
     progress(0.6, "saving and restoring")
     save_state(model, out / STATE)
     _require_same(model, restore(checkpoint, out / STATE), calibration[:BATCH])
-    progress(0.7, "exporting to ONNX")
-    export_onnx(model, out / GRAPH)
-    progress(0.8, "comparing the graph with the model")
-    figures = parity.compare(model, out / GRAPH, calibration[:COMPARED])
+    progress(0.7, f"writing what engines read of {chosen.number}, and comparing it with the model")
+    figures, described = (_graph if chosen.number == "int8" else _weights_and_scales)(model, out, compared)
+    figures["score_diff/float_max"] = float((_scores(model, compared) - unrounded).abs().max())
     figures["quantised_layers"] = float(sum(name.endswith("weight_quantizer") and module.is_enabled for name, module in model.named_modules()))
-    return _seal(out, model, chosen, checkpoint, calibration, figures, monotonic() - started, progress)
+    config = {
+        "model": model.config.to_dict(),
+        "schema": asdict(model.schema),
+        "recipe": asdict(chosen),
+        "base": checkpoints.digest(checkpoint),
+        "calibration": samples.digest(calibration),
+        "calibration_requests": len(calibration),
+        "figures": figures,
+        **described,
+    }
+    _seal(out, config)
+    progress(1.0, f"quantised by {recipe}, {figures['score_diff/max']:.1e} from the calibrated model")
+    return {**figures, "time_s/quantise": monotonic() - started}
 
 
 def calibrate(model: MTGR, recipe: Recipe, requests: Sequence[RankingRequest], progress: Callable[[float], None]) -> MTGR:
@@ -90,6 +105,8 @@ def calibrate(model: MTGR, recipe: Recipe, requests: Sequence[RankingRequest], p
         if name.endswith("_quantizer") and module.is_enabled and not _sound(module.amax):
             raise UserError(f"{name} must see finite values other than zero in calibration and saw none; use requests with a history and candidates")
     _put_weights_on_their_grid(model)
+    if recipe.number == "fp8":
+        scales.unite(model)
     return model
 
 
@@ -132,34 +149,31 @@ def _require_finite(model: MTGR, folder: Path) -> None:
 
 def _require_same(model: MTGR, restored: MTGR, requests: Sequence[RankingRequest]) -> None:
     """Raise AssertionError unless both give the same bits."""
-    batch = pack(requests).tensors()
+    if not torch.equal(_scores(model, requests), _scores(restored, requests)):
+        raise AssertionError("the quantised model must come back from disk bit for bit, and its scores differ: the saved state is incomplete")
+
+
+def _scores(model: MTGR, requests: Sequence[RankingRequest]) -> torch.Tensor:
     with torch.inference_mode():
-        if not torch.equal(model(*batch), restored(*batch)):
-            raise AssertionError("the quantised model must come back from disk bit for bit, and its scores differ: the saved state is incomplete")
+        return model(*pack(requests).tensors())
 
 
-def _seal(
-    out: Path,
-    model: MTGR,
-    recipe: Recipe,
-    checkpoint: Path,
-    requests: Sequence[RankingRequest],
-    figures: dict[str, float],
-    seconds: float,
-    progress: Progress,
-) -> dict[str, Any]:
+def _graph(model: MTGR, out: Path, requests: Sequence[RankingRequest]) -> tuple[dict[str, float], dict[str, Any]]:
+    """model.onnx; its figures, and nothing for config.json."""
+    export_onnx(model, out / GRAPH)
+    return parity.compare(model, out / GRAPH, requests), {}
+
+
+def _weights_and_scales(model: MTGR, out: Path, requests: Sequence[RankingRequest]) -> tuple[dict[str, float], dict[str, Any]]:
+    """model.safetensors; its figures, and the input scales for config.json."""
+    scales.write_weights(model, out / WEIGHTS)
+    found = scales.input_scales(model)
+    return scales.compare(model, out / WEIGHTS, found, requests), {"input_scales": found}
+
+
+def _seal(out: Path, config: dict[str, Any]) -> None:
     """config.json, then the manifest with the sha256 of every file."""
-    config = {
-        "model": model.config.to_dict(),
-        "schema": asdict(model.schema),
-        "recipe": asdict(recipe),
-        "base": checkpoints.digest(checkpoint),
-        "calibration": samples.digest(requests),
-        "calibration_requests": len(requests),
-        "figures": figures,
-    }
     (out / CONFIG).write_text(json.dumps(config, indent=1))
-    hashes = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in (GRAPH, STATE, CONFIG)}
+    names = [name for name in (GRAPH, WEIGHTS, STATE, CONFIG) if (out / name).is_file()]
+    hashes = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names}
     (out / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1))
-    progress(1.0, f"quantised by {recipe.name}, {figures['score_diff/max']:.1e} from the calibrated model")
-    return {**figures, "time_s/quantise": seconds}

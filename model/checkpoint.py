@@ -52,10 +52,16 @@ def save(folder: Path, model: MTGR, extra: Mapping[str, Any] | None = None) -> N
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def load(folder: Path) -> MTGR:
-    """The model of a checkpoint, in evaluation mode on the CPU and in the type it was saved in. Raises CheckpointError unless it is whole."""
+def load(folder: Path, recipe: str = "none") -> MTGR:
+    """The model of a checkpoint, in evaluation mode on the CPU and in the type it was saved in.
+
+    Raises CheckpointError unless it is whole and of that quantisation recipe, 'none' for weights as trained: rounded ones score otherwise.
+    """
     verify(folder)
     config, schema = _parse_config(folder)
+    made = json.loads((folder / CONFIG).read_text()).get("recipe", {}).get("name", "none")
+    if made != recipe:
+        raise CheckpointError(f"{folder} must hold a model of quant.recipe={recipe}, and its is {made}; give the checkpoint made so")
     with torch.device("meta"):
         model = MTGR(config, schema)
     try:

@@ -2,10 +2,13 @@
 
 Same mathematics, other layout: tables lie in one matrix, so that a lookup is one gather; each product does its neighbour's work (SiLU, residual);
 norms write what the next product reads, fp8 with its scales included; the last layer computes candidates alone. The residual rows stay float32.
+A row's fp8 scale is its own, found while the norm runs, or its layer's, from calibration.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,23 +30,25 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat
 
 
 class Norm(nn.Module):
-    """Group layer norm that writes the type the next product reads."""
+    """Group layer norm that writes the type the next product reads; in fp8 with the scale `given` for all rows, or one a row."""
 
     gamma: Tensor
     beta: Tensor
+    given: Tensor | None
 
-    def __init__(self, norm: GroupLayerNorm, dtype: torch.dtype) -> None:
+    def __init__(self, norm: GroupLayerNorm, dtype: torch.dtype, given: float | None) -> None:
         super().__init__()
         kinds = len(KINDS)  # a shared pair of parameters is spelled out: the kernel knows kinds only
         self.register_buffer("gamma", norm.gamma.detach().float().expand(kinds, -1).contiguous())
         self.register_buffer("beta", norm.beta.detach().float().expand(kinds, -1).contiguous())
+        self.register_buffer("given", None if given is None else torch.tensor([given]))
         self.eps, self.dtype = norm.eps, dtype
 
     def forward(self, x: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.group_norm(x, kind, self.gamma, self.beta, self.eps, self.dtype, None)
+        return ops.group_norm(x, kind, self.gamma, self.beta, self.eps, self.dtype, self.given)
 
     def gated(self, x: Tensor, gate: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.gated_norm(x, gate, 1.0, kind, self.gamma, self.beta, self.eps, self.dtype, None)
+        return ops.gated_norm(x, gate, 1.0, kind, self.gamma, self.beta, self.eps, self.dtype, self.given)
 
 
 class Linear(nn.Module):
@@ -93,12 +98,14 @@ class Mask(NamedTuple):
 class Block(nn.Module):
     """One layer; the last one takes every row and gives the candidates'."""
 
-    def __init__(self, block: Any, heads: int, product: torch.dtype, rows: torch.dtype, tf32: bool) -> None:
+    def __init__(self, block: Any, heads: int, product: torch.dtype, rows: torch.dtype, tf32: bool, input_scales: Mapping[str, float] | None) -> None:
         super().__init__()
         self.width, self.heads, self.tf32 = block.width, heads, tf32
         self.alpha, self.scale = block.attention.alpha, block.inverse_n
-        self.norm1, self.norm2 = Norm(block.norm1, product), Norm(block.norm2, product)
         self.last = hasattr(block, "uq")
+        # Layers that read one norm share its scale, which then holds the larger range.
+        first, second = (max(input_scales[name] for name in names) if input_scales else None for names in readers(block))
+        self.norm1, self.norm2 = Norm(block.norm1, product, first), Norm(block.norm2, product, second)
         if self.last:
             self.uq, self.kv = Linear(block.uq, product, rows), Linear(block.kv, product, rows)
         else:
@@ -122,6 +129,11 @@ class Block(nn.Module):
         tiles, limit = mask.candidate_tiles, mask.candidate_limit
         seen = ops.attention(q, k, v, tiles, tiles[:0], limit, self.heads, mask.block, self.alpha, self.scale, self.tf32)
         return self.merge.add(self.norm2.gated(seen, u, mask.kind.index_select(0, rows)), x.index_select(0, rows))
+
+
+def readers(block: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The linear layers that read a block's norm1, and those that read its norm2."""
+    return ("uq", "kv") if hasattr(block, "uq") else ("uqkv",), ("merge",)
 
 
 class Mlp(nn.Module):
@@ -172,13 +184,18 @@ class FusedMTGR(nn.Module):
     mixing_weight: Tensor
     mixing_bias: Tensor
 
-    def __init__(self, model: MTGR, precision: str) -> None:
-        """Raises ValueError for a model or precision that the kernels do not know."""
+    def __init__(self, model: MTGR, precision: str, input_scales: Mapping[str, float] | None = None) -> None:
+        """`input_scales`: calibrated scales of fp8 products, one for each linear layer of the blocks, by module name.
+
+        Raises ValueError for a model or precision that the kernels do not know, or scales that are not this model's.
+        """
         super().__init__()
         if precision not in PRECISIONS:
             raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
         if model.config.layer != "hstu":
             raise ValueError(f"the fused network knows layer=hstu, got {model.config.layer}; serve it with another engine")
+        if input_scales is not None:
+            _check_scales(model, precision, input_scales)
         rows = PRECISIONS[precision]
         product = FP8 if precision == "fp8" else rows
         config: ModelConfig = model.config
@@ -194,7 +211,10 @@ class FusedMTGR(nn.Module):
         columns = torch.arange(embedding.candidate_mlp[0].in_features)
         self.candidate_mlp = Mlp(embedding.candidate_mlp, rows, torch.cat([columns[cross:], columns[:cross]]))
         self.token_gate = model.token_gate
-        self.blocks = nn.ModuleList(Block(block, config.heads, product, rows, precision == "tf32") for block in model.blocks)
+        self.blocks = nn.ModuleList(
+            Block(block, config.heads, product, rows, precision == "tf32", input_scales and _of_block(number, input_scales))
+            for number, block in enumerate(model.blocks)
+        )
         heads: Any = model.heads
         self.experts = heads.experts
         if heads.experts:
@@ -210,6 +230,11 @@ class FusedMTGR(nn.Module):
         self.register_buffer("tower_bias", torch.stack([tower[0].bias.detach() for tower in towers]).to(rows))
         self.register_buffer("out_weight", torch.stack([tower[2].weight.detach()[0] for tower in towers]).float())
         self.register_buffer("out_bias", torch.cat([tower[2].bias.detach() for tower in towers]).float())
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every row that enters a block's product is rounded by a calibrated scale."""
+        return all(norm.given is not None for norm in self.modules() if isinstance(norm, Norm))
 
     def forward(
         self, user_rows: Tensor, event_rows: Tensor, candidate_rows: Tensor, cross: Tensor, token_source: Tensor, kind: Tensor, limit: Tensor,
@@ -252,3 +277,20 @@ class FusedMTGR(nn.Module):
                 x = silu_product(x, getattr(self, f"trunk{number}_weight"), getattr(self, f"trunk{number}_bias"))
             hidden = silu_product(x, self.tower_weight.view(-1, width), self.tower_bias.view(-1)).view(-1, count, inner)
         return (hidden.float() * self.out_weight).sum(dim=-1) + self.out_bias
+
+
+def _of_block(number: int, input_scales: Mapping[str, float]) -> dict[str, float]:
+    """The scales of one block, by the names of its layers."""
+    prefix = f"blocks.{number}."
+    return {name.removeprefix(prefix): scale for name, scale in input_scales.items() if name.startswith(prefix)}
+
+
+def _check_scales(model: MTGR, precision: str, input_scales: Mapping[str, float]) -> None:
+    if precision != "fp8":
+        raise ValueError(f"input scales belong to precision fp8, got {precision}; leave them out")
+    wanted = {f"blocks.{number}.{layer}" for number, block in enumerate(model.blocks) for layers in readers(block) for layer in layers}
+    if wanted != set(input_scales):
+        different = ", ".join(sorted(wanted ^ set(input_scales)))
+        raise ValueError(f"input scales are one for each linear layer of the blocks, and differ from them in {different}; calibrate this very model")
+    if bad := [f"{name}={scale}" for name, scale in input_scales.items() if not 0 < scale < math.inf]:
+        raise ValueError(f"input scales are finite and greater than 0, got {', '.join(bad)}; calibrate again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.contracts import Settings
 from search_spaces.common import SERVE, SERVE_DEFAULTS
-from search_spaces.space import Choice, Int, Space
+from search_spaces.space import Choice, Int, Space, When
 
 
 def space(cores: int) -> Space:
@@ -29,6 +29,17 @@ def space(cores: int) -> Space:
                 options=("fp32", "tf32", "bf16", "fp16", "fp8"),
                 why="fp32 is the reference and slowest; fp16 keeps more digits than bf16 over less range; fp8 halves the products' time",
             ),
+            When(
+                knob="build.precision",
+                values=("fp8",),
+                then=(
+                    Choice(
+                        name="quant.recipe",
+                        options=("none", "fp8_max"),
+                        why="none finds a scale for each row while the norm runs; fp8_max saves that pass, and clips what calibration never saw",
+                    ),
+                ),
+            ),
             Choice(
                 name="engine.graphs",
                 options=(True, False),
@@ -46,5 +57,6 @@ def space(cores: int) -> Space:
         presets=(
             {"build.precision": "bf16", "serve.max_wait_ms": 0.0, "serve.max_batch_tokens": 32768},
             {"build.precision": "fp8", "serve.max_wait_ms": 0.0, "serve.max_batch_tokens": 32768},
+            {"build.precision": "fp8", "quant.recipe": "fp8_max", "serve.max_wait_ms": 0.0, "serve.max_batch_tokens": 32768},
         ),
     )

@@ -191,7 +191,10 @@ class Space:
         return replace(self, nodes=nodes, presets=tuple(preset for preset in self.presets if preset.get(name) != option))
 
     def reachable(self, name: str) -> tuple[Value, ...]:
-        """Values a choice can still take: what has to be prepared before the search. Empty when the knob does not exist."""
+        """Values a choice can still take: what has to be prepared before the search. Empty when the knob does not exist, or a pin hides it."""
+        hidden = [node for node in self.nodes if isinstance(node, When) and self.pinned.get(node.knob, node.values[0]) not in node.values]
+        if any(knob.name == name for node in hidden for knob in node.then):
+            return ()
         if name in self.pinned:
             return (self.pinned[name],)
         for knob in self.knobs:

@@ -1,6 +1,7 @@
 """Our kernels on a GPU: the fused network, replayed from CUDA graphs captured at load, one for each of a ladder of batch sizes.
 
-A build keeps the checkpoint's own weights; `load` puts them into the precision and layout of the kernels. A batch is packed on the host into
+A build keeps the checkpoint's own weights, and the input scales of a quantised one; `load` puts them into the precision and layout of the
+kernels. In fp8 each row has a scale of its own (quant.recipe=none) or its layer's, calibrated (fp8_max). A batch is packed on the host into
 one pinned buffer, travels in one copy, is replayed and comes back in one copy, with one wait at the end. Triton keeps compiled kernels in its
 own cache, so a second load on a machine compiles nothing. Not here: AOTInductor, which with torch 2.11 crashes on opening any package for CUDA.
 """
@@ -18,9 +19,10 @@ from numpy.typing import NDArray
 from model.jagged import NAMES, Sizes, TableRows, lengths, pack_jagged, sizes_of
 from model.kernels.tiles import COLUMNS
 from model.ladder import fitting, sizes, tokens_of
-from pipeline.backends import engine
+from pipeline.backends import engine, quantised
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.pytorch import missing
+from pipeline.backends.quantised import NONE
 from pipeline.backends.session import BatchedSession
 from pipeline.contracts import HEADS, RankingRequest, Settings
 from pipeline.errors import SettingsError
@@ -31,8 +33,13 @@ if TYPE_CHECKING:
     from model.fused import FusedMTGR
 
 MODEL = "model"
+SCALES = "input_scales"
+"""In config.json of a checkpoint quantised to fp8, and in engine.json's details."""
 
-BUILD: Mapping[str, Knob] = {"build.precision": Knob(default="fp32", options=("fp32", "tf32", "bf16", "fp16", "fp8"))}
+BUILD: Mapping[str, Knob] = {
+    "quant.recipe": Knob(default=NONE, options=(NONE, "fp8_max")),
+    "build.precision": Knob(default="fp32", options=("fp32", "tf32", "bf16", "fp16", "fp8")),
+}
 LOAD: Mapping[str, Knob] = {
     "engine.graphs": Knob(default=True, options=(True, False)),
     "engine.steps": Knob(default=4, low=1, high=16),
@@ -67,13 +74,18 @@ class Fused:
     def build(self, checkpoint: Path, settings: Settings, out: Path) -> None:
         """A copy of the checkpoint, then engine.json. Raises SettingsError, or CheckpointError where the checkpoint is broken."""
         settled = settle(self.name, settings, BUILD)
+        recipe, precision = str(settled["quant.recipe"]), str(settled["build.precision"])
+        if recipe != NONE and precision != "fp8":
+            raise SettingsError(f"quant.recipe={recipe} goes with build.precision=fp8, got {precision}; set that, or quant.recipe={NONE}")
+        config = quantised.read(checkpoint, recipe)
         from model import checkpoint as checkpoints
 
-        model = checkpoints.load(checkpoint)
+        model = checkpoints.load(checkpoint, recipe)
         if model.config.layer != "hstu":
             raise SettingsError(f"{self.name} runs models of layer=hstu, this one is {model.config.layer}; choose another engine")
         checkpoints.save(out / MODEL, model)
-        engine.EngineFile(backend=self.name, settings=settled, schema=model.schema, max_seq_len=model.config.max_seq_len).write(out)
+        details = {SCALES: config[SCALES]} if config else {}
+        engine.EngineFile(backend=self.name, settings=settled, schema=model.schema, max_seq_len=model.config.max_seq_len, details=details).write(out)
 
     def load(self, folder: Path, settings: Settings) -> BatchedSession:
         """Weights to the GPU, kernels compiled or found, graphs captured. Raises SettingsError, ArtifactError or CheckpointError."""
@@ -83,7 +95,8 @@ class Fused:
         from model.fused import FusedMTGR
 
         precision = str(built.settings["build.precision"])
-        network = FusedMTGR(checkpoints.load(folder / MODEL), precision)
+        network = FusedMTGR(checkpoints.load(folder / MODEL), precision, built.details.get(SCALES))
+        recipe = str(built.settings["quant.recipe"]) if network.calibrated else NONE
         largest = max(int(settled["serve.max_batch_tokens"]), built.max_seq_len)
         batches = Batches(
             network,
@@ -97,7 +110,7 @@ class Fused:
             schema=built.schema,
             max_seq_len=built.max_seq_len,
             settings=settled,
-            effective=lambda: {"build.precision": network.precision, **batches.effective()},
+            effective=lambda: {"quant.recipe": recipe, "build.precision": network.precision, **batches.effective()},
             counters=lambda: {"compilations": float(batches.compiled())},
             on_start=batches.start,
             on_close=batches.close,

@@ -18,17 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.packing import pack_numpy
+from pipeline.backends import quantised
 from pipeline.backends.graph import integer_bias, optimise
 from pipeline.backends.knobs import SERVE, Knob, settle, threads
+from pipeline.backends.quantised import NONE
 from pipeline.backends.session import BatchedSession, policy
 from pipeline.contracts import Feature, FeatureSchema, RankingRequest, Settings
-from pipeline.errors import ArtifactError, CheckpointError, SettingsError
+from pipeline.errors import ArtifactError, SettingsError
 
 if TYPE_CHECKING:
     import onnxruntime
 
 GRAPH, MANIFEST = "graph.onnx", "engine.json"
-NONE = "none"
 
 BUILD: Mapping[str, Knob] = {
     "quant.recipe": Knob(default=NONE, options=(NONE, "int8_max", "int8_smoothquant")),
@@ -64,11 +65,11 @@ class OnnxRuntimeBackend:
         settled = settle(self.name, settings, BUILD)
         recipe = str(settled["quant.recipe"])
         draft = out / "draft.onnx"
-        if (checkpoint / "model.onnx").is_file():
-            described = _open_quantised(checkpoint, recipe)
+        if config := quantised.read(checkpoint, recipe):
+            described = {"schema": config["schema"], "max_seq_len": config["model"]["max_seq_len"]}
             integer_bias(checkpoint / "model.onnx", draft)
         else:
-            described = _export(checkpoint, recipe, draft)
+            described = _export(checkpoint, draft)
         operators = optimise(draft, out / GRAPH, str(settled["build.graph_level"]))
         draft.unlink()
         integer = sum(operators.get(name, 0) for name in INTEGER_KERNELS)
@@ -147,28 +148,8 @@ def _options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.Ses
     return options
 
 
-def _open_quantised(checkpoint: Path, recipe: str) -> dict[str, Any]:
-    """Check every byte of a quantised checkpoint and that it was made by `recipe`."""
-    try:
-        hashes = json.loads((checkpoint / "manifest.json").read_text())["files"]
-        config = json.loads((checkpoint / "config.json").read_text())
-        made = config["recipe"]["name"]
-        described = {"schema": config["schema"], "max_seq_len": config["model"]["max_seq_len"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint} is not a whole quantised checkpoint ({error}); quantise again") from error
-    for name, expected in hashes.items():
-        found = _sha256(checkpoint / name) if (checkpoint / name).is_file() else "no such file"
-        if found != expected:
-            raise CheckpointError(f"{checkpoint / name} is not what was written: expected sha256 {expected}, found {found}; quantise again")
-    if made != recipe:
-        raise SettingsError(f"quant.recipe must be the checkpoint's own, {made}, got {recipe}; set it so, or give the checkpoint made for {recipe}")
-    return described
-
-
-def _export(checkpoint: Path, recipe: str, path: Path) -> dict[str, Any]:
+def _export(checkpoint: Path, path: Path) -> dict[str, Any]:
     """The float32 graph of a trained checkpoint."""
-    if recipe != NONE:
-        raise SettingsError(f"quant.recipe={recipe} needs a checkpoint quantised so, but {checkpoint} holds float weights; quantise it first")
     from model import checkpoint as checkpoints
     from model.export import export_onnx
 

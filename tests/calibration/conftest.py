@@ -1,6 +1,8 @@
-"""One small checkpoint and its calibration requests, quantised once for all tests."""
+"""One small checkpoint and its calibration requests, quantised once by each recipe for all tests."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from calibration.quantise import quantise
+from calibration.recipes import RECIPES
 from model import checkpoint
 from model.config import SIZES
 from model.network import MTGR
@@ -34,9 +37,29 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=["int8_max", "int8_smoothquant"])
-def quantised(base: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, float]]:
-    """Recipe, folder, figures."""
-    folder = tmp_path_factory.mktemp(request.param)
-    figures = quantise(base / "checkpoint", request.param, base / "calibration.npz", folder, lambda share, text: None)
-    return request.param, folder, figures
+Quantised = tuple[str, Path, dict[str, float]]
+"""Recipe, folder, figures."""
+
+
+@pytest.fixture(scope="session")
+def quantised_by(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Quantised]:
+    """A recipe's checkpoint."""
+
+    @cache
+    def made(recipe: str) -> Quantised:
+        folder = tmp_path_factory.mktemp(recipe)
+        return recipe, folder, quantise(base / "checkpoint", recipe, base / "calibration.npz", folder, lambda share, text: None)
+
+    return made
+
+
+@pytest.fixture(params=RECIPES)
+def quantised(quantised_by: Callable[[str], Quantised], request: pytest.FixtureRequest) -> Quantised:
+    """Every recipe's."""
+    return quantised_by(request.param)
+
+
+@pytest.fixture(params=["int8_max", "int8_smoothquant"])
+def exported(quantised_by: Callable[[str], Quantised], request: pytest.FixtureRequest) -> Quantised:
+    """Those with a graph."""
+    return quantised_by(request.param)

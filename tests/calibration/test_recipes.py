@@ -38,5 +38,5 @@ def test_only_the_blocks_are_quantised(name: str) -> None:
 
 
 def test_an_unknown_recipe_is_named_with_those_there_are() -> None:
-    with pytest.raises(UserError, match="int8_max, int8_smoothquant here, got 'int8_entropy'"):
+    with pytest.raises(UserError, match="int8_max, int8_smoothquant, fp8_max here, got 'int8_entropy'"):
         recipes.get("int8_entropy")

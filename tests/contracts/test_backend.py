@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from calibration.quantise import quantise
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.network import MTGR
@@ -24,6 +25,7 @@ from model.oracle import oracle_scores
 from pipeline.backends import fake, registry, tolerance
 from pipeline.contracts import HEADS, Backend, RankingRequest, Settings
 from pipeline.errors import ArtifactError, InvalidRequest, Overloaded, SettingsError
+from pipeline.requests import save_requests
 from tests.factories import jagged_requests, random_request
 from tests.model.lively import lively_model
 
@@ -39,6 +41,8 @@ CASES: tuple[tuple[str, Settings], ...] = (
     ("compiled", {"build.precision": "bf16"}),
     ("fused", {"build.precision": "fp32"}),
     ("fused", {"build.precision": "bf16"}),
+    ("fused", {"build.precision": "fp8"}),
+    ("fused", {"build.precision": "fp8", "quant.recipe": "fp8_max"}),
     ("onnxruntime", {"quant.recipe": "none", "build.graph_level": "all"}),
 )
 
@@ -95,10 +99,22 @@ def case(
         pytest.skip(reason)
     checkpoint, engine = tmp_path_factory.mktemp("checkpoint") / "model", tmp_path_factory.mktemp(name)
     checkpoints.save(checkpoint, model)
+    if (recipe := str(settings.get("quant.recipe", "none"))) != "none":
+        checkpoint = quantised(checkpoint, recipe)
     backend.build(checkpoint, settings, engine)
     effective = {"build.precision": "fp32", "engine.fault": "none", **settings}
     expected = (lambda r: fake.scores(r, effective)) if name == "fake" else oracle
     return Case(backend, settings, engine, checkpoint, expected)
+
+
+def quantised(checkpoint: Path, recipe: str) -> Path:
+    """Calibrated on requests as long as those that are asked later: ranges of short ones clip the long."""
+    rng, requests = np.random.default_rng(12), checkpoint.with_name("calibration.npz")
+    sizes = ((1000, 0, 20), (0, 900, 100), (400, 221, 300), (300, 64, 64))
+    long = [random_request(rng, static=s, realtime=r, candidates=k, serving=False, user_key=100 + s) for s, r, k in sizes]
+    save_requests(requests, [*long, *jagged_requests(rng, count=12)])
+    quantise(checkpoint, recipe, requests, checkpoint.with_name(recipe), lambda share, text: None)
+    return checkpoint.with_name(recipe)
 
 
 @pytest.fixture

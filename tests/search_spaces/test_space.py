@@ -10,6 +10,7 @@ import pytest
 import search_spaces
 from pipeline.backends import registry
 from pipeline.errors import UserError
+from pipeline.stages import recipes
 from search_spaces.common import SERVE
 from search_spaces.space import Choice, Float, Int, Knob, Space, Value, When, pin
 
@@ -77,6 +78,23 @@ def test_a_condition_hides_its_knobs() -> None:
     assert space.point({"build.precision": "int8", "build.group": 96})["build.group"] == 96
     assert space.reachable("build.precision") == ("fp32", "int8")
     assert space.reachable("quant.recipe") == ()
+
+
+def test_what_a_pin_hides_is_not_reachable() -> None:
+    group = Choice(name="build.kernel", options=("a", "b"), why="both")
+    space = engine(nodes=(engine().nodes[0], When(knob="build.precision", values=("int8",), then=(group,))), defaults={"build.precision": "fp32"})
+    assert space.reachable("build.kernel") == ("a", "b")
+    for pins, wanted in (({"build.precision": "int8"}, ("a", "b")), ({"build.precision": "fp32"}, ()), ({"build.kernel": "b"}, ("b",))):
+        assert pin({"engine": space}, pins)["engine"].reachable("build.kernel") == wanted
+
+
+def test_recipes_of_the_fused_engine_are_made_where_fp8_can_be_drawn() -> None:
+    fused = {"fused": search_spaces.of("fused", 2)}
+    assert recipes(fused) == ("fp8_max",)
+    assert recipes(pin(fused, {"build.precision": "fp8"})) == ("fp8_max",)
+    assert recipes(pin(fused, {"build.precision": "bf16"})) == recipes(pin(fused, {"quant.recipe": "none"})) == ()
+    assert all(("quant.recipe" in point) == (point["build.precision"] == "fp8") for point in fused["fused"].points())
+    assert recipes({"fused": fused["fused"].without("quant.recipe", "fp8_max")}) == ()
 
 
 def test_presets_lie_over_the_defaults_without_repeats() -> None:

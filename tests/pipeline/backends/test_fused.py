@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +12,15 @@ import pytest
 import torch
 
 import tests.model.kernels.conftest  # noqa: F401  # makes kernels run in the interpreter where there is no GPU
+from calibration.quantise import quantise
 from model import checkpoint
 from model.config import ModelConfig
 from model.ladder import tokens_of
 from model.oracle import oracle_scores
 from pipeline.backends.fused import BACKEND, Batches
-from pipeline.errors import SettingsError
+from pipeline.contracts import Settings
+from pipeline.errors import CheckpointError, SettingsError
+from pipeline.requests import save_requests
 from tests.factories import jagged_requests, random_request
 from tests.model.lively import lively_model
 
@@ -66,6 +71,72 @@ def test_settings_and_models_it_does_not_know(tmp_path: Path) -> None:
         BACKEND.build(tmp_path / "checkpoint", {}, tmp_path / "engine")
     with pytest.raises(SettingsError, match=r"build\.precision takes"):
         BACKEND.build(tmp_path / "checkpoint", {"build.precision": "int8"}, tmp_path / "engine")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`checkpoint`, and `fp8_max` and `int8_max` made of it."""
+    folder = tmp_path_factory.mktemp("fused")
+    checkpoint.save(folder / "checkpoint", lively_model(CONFIG))
+    save_requests(folder / "calibration.npz", jagged_requests(np.random.default_rng(3), 8))
+    for recipe in ("fp8_max", "int8_max"):
+        quantise(folder / "checkpoint", recipe, folder / "calibration.npz", folder / recipe, lambda share, text: None)
+    return folder
+
+
+FP8: Settings = {"build.precision": "fp8"}
+
+
+@pytest.mark.parametrize(("source", "recipe"), [("checkpoint", "none"), ("fp8_max", "fp8_max")])
+def test_the_recipe_reported_is_the_one_the_network_holds(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, recipe: str
+) -> None:
+    monkeypatch.setattr(Batches, "start", lambda self: None)  # weights stay on the host, nothing is run
+    BACKEND.build(folder / source, {**FP8, "quant.recipe": recipe}, tmp_path)
+
+    def reported() -> object:
+        session = BACKEND.load(tmp_path, {})
+        session.close()
+        return session.effective["quant.recipe"]
+
+    assert reported() == recipe
+    described = json.loads((tmp_path / "engine.json").read_text())
+    (tmp_path / "engine.json").write_text(json.dumps({**described, "details": {}}))
+    assert reported() == "none"
+
+
+def test_weights_and_scales_of_an_engine_are_the_quantised_checkpoints(folder: Path, tmp_path: Path) -> None:
+    BACKEND.build(folder / "fp8_max", {**FP8, "quant.recipe": "fp8_max"}, tmp_path)
+    wanted, got = checkpoint.load(folder / "fp8_max", "fp8_max").state_dict(), checkpoint.load(tmp_path / "model").state_dict()
+    assert all(torch.equal(value, got[name]) for name, value in wanted.items())
+    assert not torch.equal(got["blocks.0.merge.weight"], checkpoint.load(folder / "checkpoint").state_dict()["blocks.0.merge.weight"])
+    scales = json.loads((tmp_path / "engine.json").read_text())["details"]["input_scales"]
+    assert scales == json.loads((folder / "fp8_max" / "config.json").read_text())["input_scales"]
+
+
+@pytest.mark.parametrize(("source", "settings", "message"), [
+    ("fp8_max", {"build.precision": "bf16", "quant.recipe": "fp8_max"}, r"goes with build\.precision=fp8, got bf16; set that, or quant\.recipe=none"),
+    ("fp8_max", {"quant.recipe": "fp8_max"}, r"goes with build\.precision=fp8, got fp32"),
+    ("checkpoint", {**FP8, "quant.recipe": "fp8_max"}, "holds float weights; quantise it first"),
+    ("fp8_max", FP8, "must be the checkpoint's own, fp8_max, got none"),
+    ("int8_max", FP8, "must be the checkpoint's own, int8_max, got none"),
+    ("int8_max", {**FP8, "quant.recipe": "fp8_max"}, "must be the checkpoint's own, int8_max, got fp8_max; .* give the checkpoint made for fp8_max"),
+    ("int8_max", {**FP8, "quant.recipe": "int8_max"}, r"quant\.recipe takes one of none, fp8_max, got 'int8_max'"),
+])  # fmt: skip
+def test_recipes_it_cannot_honour(folder: Path, tmp_path: Path, source: str, settings: Settings, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        BACKEND.build(folder / source, settings, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "modelopt.pt"])
+def test_a_flipped_byte_in_a_quantised_checkpoint_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(folder / "fp8_max", tmp_path / "fp8_max")
+    content = bytearray((tmp_path / "fp8_max" / name).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "fp8_max" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="quantise again"):
+        BACKEND.build(tmp_path / "fp8_max", {**FP8, "quant.recipe": "fp8_max"}, tmp_path)
 
 
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU")

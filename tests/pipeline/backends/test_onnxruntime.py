@@ -29,7 +29,7 @@ SERVE: Settings = {"engine.threads": 1, "serve.max_wait_ms": 0.0}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """checkpoint, calibration.npz and the quantised int8_max beside it."""
+    """checkpoint, calibration.npz, and the quantised int8_max and fp8_max beside them."""
     folder = tmp_path_factory.mktemp("onnxruntime")
     torch.manual_seed(0)
     model = MTGR(CONFIG, SCHEMA)
@@ -40,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     sizes = rng.integers((0, 0, 1), (100, 60, 30), (40, 3)).tolist()
     save_requests(folder / "calibration.npz", [random_request(rng, static=s, realtime=r, candidates=k, user_key=s) for s, r, k in sizes])
-    quantise(folder / "checkpoint", "int8_max", folder / "calibration.npz", folder / "int8_max", lambda share, text: None)
+    for recipe in ("int8_max", "fp8_max"):
+        quantise(folder / "checkpoint", recipe, folder / "calibration.npz", folder / recipe, lambda share, text: None)
     return folder
 
 
@@ -99,6 +100,8 @@ def test_int8_without_integer_kernels_is_the_settings_fault(folder: Path, tmp_pa
     ("checkpoint", "int8_max", "holds float weights"),
     ("int8_max", "none", "must be the checkpoint's own, int8_max, got none"),
     ("int8_max", "int8_smoothquant", "must be the checkpoint's own, int8_max, got int8_smoothquant"),
+    ("fp8_max", "none", "must be the checkpoint's own, fp8_max, got none; set it so, with an engine that takes it"),
+    ("fp8_max", "fp8_max", r"quant\.recipe takes one of none, int8_max, int8_smoothquant, got 'fp8_max'"),
 ])  # fmt: skip
 def test_a_recipe_that_is_not_the_checkpoints_is_refused(folder: Path, tmp_path: Path, source: str, recipe: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
