@@ -65,6 +65,8 @@ class MeasureConfig:
     """How often a disturbed window is repeated before the trial fails."""
     foreign_share: float = 0.25
     """Most of the machine's CPU that other processes may take during a window."""
+    steal_share: float = 0.05
+    """Most of the CPU that the hypervisor may give to other machines during a window."""
     late_limit_ms: float = 5.0
     """Most lateness (p99) of the load generator in a window that counts."""
 

@@ -79,7 +79,8 @@ def disturbance(before: State, after: State, foreign_share: float = FOREIGN_SHAR
     if taken["foreign"] > foreign_share:
         return f"other processes took {taken['foreign']:.0%} of the CPU, at most {foreign_share:.0%} may; stop them, or raise measure.foreign_share"
     if taken["steal"] > steal_share:
-        return f"the hypervisor took {taken['steal']:.0%} of the CPU, at most {steal_share:.0%} may; use a machine that is less shared"
+        found = f"the hypervisor took {taken['steal']:.0%} of the CPU, at most {steal_share:.0%} may"
+        return f"{found}; use a machine that is less shared, or raise measure.steal_share"
     for device in (*before.gpus, *after.gpus):
         if device.throttle:
             heat = f"{device.temperature_c} C and {device.power_w:.0f} W"

@@ -181,6 +181,7 @@ def timed_window(
     say: Say,
     late_limit_ms: float = LATE_MS,
     foreign_share: float = machine.FOREIGN_SHARE,
+    steal_share: float = machine.STEAL_SHARE,
     read: machine.Reader = machine.read,
 ) -> Window:
     """A window that counts: nothing compiled in it, the sender kept time, the machine was ours. Repeated up to `repeats` times.
@@ -197,11 +198,11 @@ def timed_window(
             open_loop(session, preroll)
             window = open_loop(session, requests)
             compiled = window.counters.get("compilations", 0.0)
-            reason = spoilt(window, late_limit_ms) or machine.disturbance(before, read(), foreign_share)
+            reason = spoilt(window, late_limit_ms) or machine.disturbance(before, read(), foreign_share, steal_share)
             if not reason:
                 return window
         except SettingsError as overload:
-            reason = machine.disturbance(before, read(), foreign_share)
+            reason = machine.disturbance(before, read(), foreign_share, steal_share)
             # A machine that stood still for a moment looks like an engine that cannot keep up: only a second time convinces.
             if not reason and (seen_overload or not left):
                 raise

@@ -235,7 +235,7 @@ class _Trial:
         import numpy as np
 
         from pipeline import measure, percentiles, workload
-        from pipeline.machine import FOREIGN_SHARE
+        from pipeline.machine import FOREIGN_SHARE, STEAL_SHARE
 
         how, inputs = self.order.measure, Path(self.order.inputs)
         name = str(how.get("workload", workload.WORKLOAD))
@@ -257,6 +257,7 @@ class _Trial:
             say=print,
             late_limit_ms=float(how.get("late_limit_ms", measure.LATE_MS)),
             foreign_share=float(how.get("foreign_share", FOREIGN_SHARE)),
+            steal_share=float(how.get("steal_share", STEAL_SHARE)),
         )
         np.savez(self.folder / "samples.npz", latency_ms=window.latency_ms, arrival_s=window.arrival_s, late_ms=window.late_ms)
         self._add(percentiles.figures(window))

@@ -6,8 +6,13 @@ package runs only where torch's version and the processor's vector instructions 
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.backends.aoti import Package
 
 PACKAGE = "model.pt2"
+PROBE = "#include <string>\nstd::string twice(const std::string& text) { return text + text; }\n"
 
 BUILD: Mapping[str, Knob] = {"build.precision": Knob(default="fp32", options=("fp32", "bf16"))}
 LOAD: Mapping[str, Knob] = {"engine.threads": threads(), **SERVE}
@@ -42,7 +48,9 @@ class Compiled:
     def unavailable(self) -> str | None:
         """Why this machine cannot build it; None when it can."""
         compiler = os.environ.get("CXX", "g++")
-        return missing() or (None if shutil.which(compiler) else f"no C++ compiler: '{compiler}' is not on the PATH; install g++ or set CXX")
+        return missing() or (
+            _unfit(compiler) if shutil.which(compiler) else f"no C++ compiler: '{compiler}' is not on the PATH; install g++ or set CXX"
+        )
 
     def build(self, checkpoint: Path, settings: Settings, out: Path) -> None:
         """Compile into one package, then engine.json. Raises SettingsError, or CheckpointError where the checkpoint is broken."""
@@ -104,6 +112,27 @@ class Compiled:
 
 
 BACKEND = Compiled()
+
+
+@functools.cache
+def _unfit(compiler: str) -> str | None:
+    """Why what `compiler` builds would not run in torch's process; None when it does.
+
+    A package with a C++ library of its own shares some of that library's state with torch's copy and not the rest: opening it is a segmentation
+    fault in std::regex. So a library of one line is built and looked at.
+    """
+    with tempfile.TemporaryDirectory(prefix="compiled-") as folder:
+        library = Path(folder) / "probe.so"
+        command = [compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+        try:
+            built = subprocess.run(command, input=PROBE, capture_output=True, text=True, check=False, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"the C++ compiler '{compiler}' does not run ({error}); install g++ or set CXX"
+        if built.returncode:
+            return f"the C++ compiler '{compiler}' cannot build a library: {built.stderr.strip()[:300]}; install g++ or set CXX"
+        if sys.platform == "linux" and not re.search(rb"libstdc\+\+\.so|libc\+\+\.so", library.read_bytes()):
+            return f"'{compiler}' links the C++ library statically, and torch's process would crash on what it builds; set CXX to another compiler"
+    return None
 
 
 def _effective(package: Package) -> Settings:

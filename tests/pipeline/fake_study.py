@@ -70,7 +70,7 @@ def config(root: Path, name: str = "fake", **changes: Any) -> TuneConfig:
         checkpoint=str(shared / "checkpoint"),
         inputs=str(shared / "inputs"),
         workload=WorkloadConfig(requests=470, confirm_requests=470),
-        measure=MeasureConfig(rate_rps=100.0, warmup_s=0.05, peak_s=0.1, foreign_share=1.0, late_limit_ms=1000.0),
+        measure=MeasureConfig(rate_rps=100.0, warmup_s=0.05, peak_s=0.1, foreign_share=1.0, steal_share=1.0, late_limit_ms=1000.0),
         goal=GoalConfig(objectives=["latency_ms/p50"], accuracy_margin=0.0),
         study=StudyConfig(name=name, trials=4, deadline_s=60.0, memory_mib=1024.0, confirm_pairs=1, noise_windows=1),
         tracking=TrackingConfig(enabled=False),

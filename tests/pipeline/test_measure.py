@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -245,6 +246,16 @@ def test_windows_that_are_all_disturbed_fail_the_machine(serve: Callable[..., Se
 
     with pytest.raises(MachineError, match="none of 3 windows counts"):
         timed_window(serve(sleeps(0.0)), arrivals([0, 0.01]), arrivals([0, 0.01]), repeats=2, say=say_nothing, late_limit_ms=1000, read=busy)
+
+
+@pytest.mark.parametrize(("allowed", "counts"), [(0.05, False), (0.5, True)])
+def test_how_much_the_hypervisor_may_take_is_a_setting(serve: Callable[..., Server], allowed: float, counts: bool) -> None:
+    readings = iter([still(), replace(still(), at=time.monotonic() + 1, steal_s=0.4)])
+    with nullcontext() if counts else pytest.raises(MachineError, match=r"hypervisor took 20% .* raise measure\.steal_share"):
+        timed_window(
+            serve(sleeps(0.0)), arrivals([0, 0.01]), arrivals([0]), repeats=0, say=say_nothing, late_limit_ms=1000, steal_share=allowed,
+            read=lambda: next(readings),
+        )  # fmt: skip
 
 
 def test_the_window_matches_queueing_theory(serve: Callable[..., Server]) -> None:

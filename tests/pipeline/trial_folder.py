@@ -19,7 +19,7 @@ from tests.factories import SCHEMA, jagged_requests, random_request
 FP32 = {"build.precision": "fp32", "engine.fault": "none"}
 QUICK: Mapping[str, float | int | str] = {
     "load": 0.5, "rate_rps": 0.0, "warmup_s": 0.2, "peak_s": 0.3, "concurrency": 4, "window_repeats": 3,
-    "foreign_share": 1.0, "late_limit_ms": 1000.0,
+    "foreign_share": 1.0, "steal_share": 1.0, "late_limit_ms": 1000.0,
 }  # fmt: skip
 """Tests share their machine; that a shared one is noticed is tested in test_measure and test_machine."""
 

@@ -51,6 +51,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ('exec g++ "$@" -static-libstdc++ -static-libgcc', "links the C++ library statically"),
+        ('echo "no such flag" >&2; exit 1', "cannot build a library: no such flag"),
+        ('exec g++ "$@"', None),
+    ],
+)
+def test_a_compiler_whose_packages_would_crash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str | None) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    reason = BACKEND.unavailable()
+    assert says in str(reason) if says else reason is None
+
+
 def test_a_package_serves_in_a_fresh_process_without_the_compiler(folder: Path) -> None:
     rng = np.random.default_rng(0)
     requests = [random_request(rng, static=s, realtime=r, candidates=k) for s, r, k in ((0, 0, 1), (20, 5, 30), (60, 40, 20))]
