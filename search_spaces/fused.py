@@ -31,6 +31,17 @@ def space(cores: int) -> Space:
             ),
             When(
                 knob="build.precision",
+                values=("bf16", "fp16", "fp8"),
+                then=(
+                    Choice(
+                        name="build.residual",
+                        options=("fp32", "half"),
+                        why="a third of what a layer moves is residual rows; half of it rounds every layer's sum to 8 (bf16) or 11 (fp16) bits",
+                    ),
+                ),
+            ),
+            When(
+                knob="build.precision",
                 values=("fp8",),
                 then=(
                     Choice(
@@ -57,6 +68,12 @@ def space(cores: int) -> Space:
         presets=(
             {"build.precision": "bf16", "serve.max_wait_ms": 0.0, "serve.max_batch_tokens": 32768},
             {"build.precision": "fp8", "serve.max_wait_ms": 0.0, "serve.max_batch_tokens": 32768},
-            {"build.precision": "fp8", "quant.recipe": "fp8_max", "serve.max_wait_ms": 0.0, "serve.max_batch_tokens": 32768},
+            {
+                "build.precision": "fp8",
+                "build.residual": "half",
+                "quant.recipe": "fp8_max",
+                "serve.max_wait_ms": 0.0,
+                "serve.max_batch_tokens": 32768,
+            },
         ),
     )

@@ -39,6 +39,7 @@ SCALES = "input_scales"
 BUILD: Mapping[str, Knob] = {
     "quant.recipe": Knob(default=NONE, options=(NONE, "fp8_max")),
     "build.precision": Knob(default="fp32", options=("fp32", "tf32", "bf16", "fp16", "fp8")),
+    "build.residual": Knob(default="fp32", options=("fp32", "half")),
 }
 LOAD: Mapping[str, Knob] = {
     "engine.graphs": Knob(default=True, options=(True, False)),
@@ -77,6 +78,8 @@ class Fused:
         recipe, precision = str(settled["quant.recipe"]), str(settled["build.precision"])
         if recipe != NONE and precision != "fp8":
             raise SettingsError(f"quant.recipe={recipe} goes with build.precision=fp8, got {precision}; set that, or quant.recipe={NONE}")
+        if settled["build.residual"] == "half" and precision in ("fp32", "tf32"):
+            raise SettingsError(f"build.residual=half goes with a build.precision of 16 bits or fewer, got {precision}; set it to fp32")
         config = quantised.read(checkpoint, recipe)
         from model import checkpoint as checkpoints
 
@@ -95,7 +98,7 @@ class Fused:
         from model.fused import FusedMTGR
 
         precision = str(built.settings["build.precision"])
-        network = FusedMTGR(checkpoints.load(folder / MODEL), precision, built.details.get(SCALES))
+        network = FusedMTGR(checkpoints.load(folder / MODEL), precision, built.details.get(SCALES), str(built.settings["build.residual"]))
         recipe = str(built.settings["quant.recipe"]) if network.calibrated else NONE
         largest = max(int(settled["serve.max_batch_tokens"]), built.max_seq_len)
         batches = Batches(
@@ -110,7 +113,7 @@ class Fused:
             schema=built.schema,
             max_seq_len=built.max_seq_len,
             settings=settled,
-            effective=lambda: {"quant.recipe": recipe, "build.precision": network.precision, **batches.effective()},
+            effective=lambda: {"quant.recipe": recipe, **_numerics(network), **batches.effective()},
             counters=lambda: {"compilations": float(batches.compiled())},
             on_start=batches.start,
             on_close=batches.close,
@@ -236,6 +239,11 @@ class _Slot:
     def _network(self) -> torch.Tensor:
         result: torch.Tensor = self.network(*self.inputs, self.block)
         return result
+
+
+def _numerics(network: FusedMTGR) -> Settings:
+    """What the network holds."""
+    return {"build.precision": network.precision, "build.residual": "fp32" if network.residual.itemsize == 4 else "half"}
 
 
 def _capability() -> tuple[int, int]:

@@ -41,6 +41,7 @@ CASES: tuple[tuple[str, Settings], ...] = (
     ("compiled", {"build.precision": "bf16"}),
     ("fused", {"build.precision": "fp32"}),
     ("fused", {"build.precision": "bf16"}),
+    ("fused", {"build.precision": "bf16", "build.residual": "half"}),
     ("fused", {"build.precision": "fp8"}),
     ("fused", {"build.precision": "fp8", "quant.recipe": "fp8_max"}),
     ("onnxruntime", {"quant.recipe": "none", "build.graph_level": "all"}),

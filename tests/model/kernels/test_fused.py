@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.fused import FusedMTGR
+from model.fused import RESIDUALS, FusedMTGR
 from model.jagged import NAMES, Sizes, TableRows, pack_jagged, sizes_of
 from model.network import MTGR
 from model.oracle import oracle_scores
@@ -47,8 +47,10 @@ def scores(network: FusedMTGR, requests: list[RankingRequest], sizes: Sizes | No
 def test_every_variant_agrees_with_the_oracle(changes: dict[str, Any]) -> None:
     plain, requests = model(**changes), jagged_requests(np.random.default_rng(1), 5)
     wanted = np.concatenate([oracle_scores(plain, request) for request in requests])
-    for precision in PRECISIONS:
-        network = FusedMTGR(plain, precision).to(DEVICE)
+    for precision, residual in ((precision, residual) for residual in RESIDUALS for precision in PRECISIONS):
+        if residual == "half" and precision in ("fp32", "tf32"):
+            continue
+        network = FusedMTGR(plain, precision, residual=residual).to(DEVICE)
         got = scores(network, requests)
         assert np.abs(got - wanted).max() < TOLERANCE[precision], precision
         assert np.abs(got - wanted).mean() < TOLERANCE[precision] / 6, precision
@@ -77,6 +79,8 @@ def test_candidates_and_neighbours_change_nothing() -> None:
 def test_what_it_does_not_know_is_refused() -> None:
     with pytest.raises(ValueError, match="precision is one of"):
         FusedMTGR(model(), "int8")
+    with pytest.raises(ValueError, match="half where rows have 16 bits, got 'half' with precision tf32"):
+        FusedMTGR(model(), "tf32", residual="half")
     with pytest.raises(ValueError, match="layer=hstu"):
         FusedMTGR(model(layer="gated_conv", d_ff=64), "fp32")
     with pytest.raises(ValueError, match="does not fit"):

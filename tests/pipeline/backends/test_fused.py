@@ -69,6 +69,9 @@ def test_settings_and_models_it_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     with pytest.raises(SettingsError, match="layer=hstu"):
         BACKEND.build(tmp_path / "checkpoint", {}, tmp_path / "engine")
+    checkpoint.save(tmp_path / "right", lively_model(CONFIG))
+    with pytest.raises(SettingsError, match=r"build\.residual=half goes with .* got fp32"):
+        BACKEND.build(tmp_path / "right", {"build.residual": "half"}, tmp_path / "engine")
     with pytest.raises(SettingsError, match=r"build\.precision takes"):
         BACKEND.build(tmp_path / "checkpoint", {"build.precision": "int8"}, tmp_path / "engine")
 
