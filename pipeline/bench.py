@@ -28,7 +28,7 @@ def bench(config: TuneConfig, on_line: Line | None = None) -> dict[str, Measurem
         order = stages.order(config, number, "baseline", backend, settings, served, inputs)
         write_order(folder, order)
         launcher = LocalLauncher(
-            cache=Path(order.cache), deadline_s=config.study.deadline_s, memory_mib=config.study.memory_mib or None, on_line=on_line
+            cache=Path(order.cache), deadline_s=config.study.deadline_s, memory_mib=config.study.memory_limit_mib, on_line=on_line
         )
         found[backend] = launcher.trial(folder, order.python)
     return found

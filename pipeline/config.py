@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipeline.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -96,8 +98,8 @@ class StudyConfig:
     """tpe or random."""
     deadline_s: float = 120.0
     """A trial that takes longer is killed."""
-    memory_mib: float = 3072.0
-    """A trial whose processes together hold more is killed."""
+    memory_mib: float = 0.0
+    """A trial whose processes together hold more is killed; 0 means half of the machine's memory."""
     max_failed_in_row: int = 3
     max_failed_share: float = 1 / 3
     """The study stops when failures that are not the settings' fault exceed either."""
@@ -117,6 +119,13 @@ class StudyConfig:
         for name in ("trials", "confirm_pairs", "noise_windows"):
             if getattr(self, name) < 1:
                 raise UserError(f"study.{name} must be at least 1, got {getattr(self, name)}")
+        if self.memory_mib < 0:
+            raise UserError(f"study.memory_mib must be 0 (half of the machine's memory) or positive, got {self.memory_mib}")
+
+    @property
+    def memory_limit_mib(self) -> float:
+        """`memory_mib`, or what 0 means on this machine."""
+        return self.memory_mib or psutil.virtual_memory().total / 2**21
 
 
 @dataclass(frozen=True, kw_only=True)

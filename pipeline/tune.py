@@ -376,7 +376,7 @@ class _Run:
 def _local(config: TuneConfig, view: View) -> LocalLauncher:
     limits = config.study
     cache = Path(config.paths.cache).resolve()
-    return LocalLauncher(cache=cache, deadline_s=limits.deadline_s, memory_mib=limits.memory_mib or None, on_line=view.line)
+    return LocalLauncher(cache=cache, deadline_s=limits.deadline_s, memory_mib=limits.memory_limit_mib, on_line=view.line)
 
 
 def _unavailable(folder: Path, runs: Path) -> dict[str, str]:

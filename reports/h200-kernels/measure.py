@@ -2,7 +2,7 @@
 
     python reports/h200-kernels/measure.py OUT [section ...]
 
-Sections: ceilings, attention, memory, fuzz, stack, profile, layers. All compared figures come from one run; times are medians over CUDA events of
+Sections: ceilings, attention, memory, stack, profile, layers, engine, fuzz. All compared figures come from one run; times are medians over CUDA events of
 captured graphs (stack) or of repeated launches (the rest), on random data. `report.py` beside this turns results.json into report.md.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from model.config import SIZES  # noqa: E402
 from model.fused import FusedMTGR  # noqa: E402
 from model.jagged import NAMES, TableRows, pack_jagged  # noqa: E402
 from model.kernels import attention, attention_backward  # noqa: E402
+from model.kernels.norms import LARGEST  # noqa: E402
 from model.kernels.tiles import KEY_BLOCK, key_tiles, query_tiles  # noqa: E402
 from model.network import MTGR, block_flops  # noqa: E402
 from pipeline.contracts import HEADS, Feature, FeatureSchema, RankingRequest  # noqa: E402
@@ -37,6 +40,10 @@ GPU = "cuda"
 CANDIDATES, USER = 128, 8
 MIXES = {"all history real-time": 0.0, "half of it static": 0.5}
 """Share of the events that are static: static rows see each other both ways, so the more there are, the more work is useful."""
+HALF, CALIBRATED = "half residual", "calibrated"
+FASTEST = f"fp8, {HALF}, {CALIBRATED}"
+NUMERICS = ("bf16", f"bf16, {HALF}", "fp8", f"fp8, {HALF}", FASTEST, "fp16", "tf32")
+"""Precision, then what else: residual rows of 16 bits, one calibrated scale a layer instead of one a row."""
 
 
 def timed(f: Callable[[], object], rep: int = 20) -> float:
@@ -181,6 +188,30 @@ def _requests(count: int, length: int, static: float) -> list[RankingRequest]:
     ]
 
 
+def _fused(plain: MTGR, numerics: str, requests: list[RankingRequest]) -> FusedMTGR:
+    """The fused network of one of NUMERICS; calibrated on some of the very requests it will score."""
+    precision, *more = numerics.split(", ")
+    scales = _input_scales(plain, requests[:2]) if CALIBRATED in more else None
+    return FusedMTGR(plain, precision, scales, "half" if HALF in more else "fp32").to(GPU).eval()
+
+
+def _input_scales(plain: MTGR, requests: list[RankingRequest]) -> dict[str, float]:
+    """What enters each linear layer of the blocks, at most, over E4M3's largest."""
+    largest: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda module, inputs: largest.update({name: float(inputs[0].abs().max()) / LARGEST})
+
+    hooks = [
+        module.register_forward_pre_hook(watch(name))
+        for name, module in plain.named_modules() if name.startswith("blocks.") and isinstance(module, nn.Linear)
+    ]  # fmt: skip
+    plain(*(t.to(GPU) for t in pack(requests, 8).tensors()))
+    for hook in hooks:
+        hook.remove()
+    return largest
+
+
 def _captured(f: Callable[[], object]) -> Callable[[], None]:
     f()
     f()
@@ -225,11 +256,11 @@ def stack() -> list[dict[str, Any]]:
                     ms = timed(lambda inputs=inputs: plain(*inputs), rep=60)  # type: ignore[misc]
                     rows.append({"size": size, "mix": mix, "precision": "fp32 eager, plain network", "batch": batch, "ms": ms})
                     print(rows[-1], flush=True)
-            for precision in ("bf16", "fp8", "fp16", "tf32") if share == 0.0 else ("bf16", "fp8"):
-                network = FusedMTGR(plain, precision).to(GPU).eval()
-                torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            for numerics in NUMERICS if share == 0.0 else ("bf16", FASTEST):
+                network = _fused(plain, numerics, requests)
+                torch.backends.cuda.matmul.allow_tf32 = numerics == "tf32"
                 for batch in (1, 8, 32):
-                    if precision in ("fp16", "tf32") and batch == 8:
+                    if numerics in ("fp16", "tf32") and batch == 8:
                         continue
                     block = 64 if batch == 1 else 128
                     arrays = pack_jagged(requests[:batch], TableRows(schema), block)
@@ -237,7 +268,7 @@ def stack() -> list[dict[str, Any]]:
                     ms = _graph_ms(_captured(lambda: network(*inputs, block)))
                     error = float((network(*inputs, block)[:CANDIDATES] - wanted).abs().max())
                     flops = batch * block_flops(config.layers, config.d_model, config.max_seq_len)
-                    row = {"size": size, "mix": mix, "precision": precision, "batch": batch, "ms": ms, "dense_tflops": flops / ms / 1e9}
+                    row = {"size": size, "mix": mix, "precision": numerics, "batch": batch, "ms": ms, "dense_tflops": flops / ms / 1e9}
                     rows.append(row | {"score_difference": error})
                     print(rows[-1], flush=True)
     return rows
@@ -249,8 +280,8 @@ def profile() -> list[dict[str, Any]]:
     schema = _schema()
     plain = MTGR(SIZES["large"], schema).to(GPU).eval()
     rows = []
-    for precision in ("bf16", "fp8"):
-        network = FusedMTGR(plain, precision).to(GPU).eval()
+    for numerics in ("bf16", FASTEST):
+        network = _fused(plain, numerics, _requests(2, 2048, 0.0))
         for batch in (1, 32):
             block = 64 if batch == 1 else 128
             arrays = pack_jagged(_requests(batch, 2048, 0.0), TableRows(schema), block)
@@ -261,7 +292,7 @@ def profile() -> list[dict[str, Any]]:
                 torch.cuda.synchronize()
             for event in sorted(found.key_averages(), key=lambda e: -e.device_time_total)[:7]:
                 rows.append(
-                    {"precision": precision, "batch": batch, "kernel": event.key[:70], "calls": event.count, "ms": event.device_time_total / 1e3}
+                    {"precision": numerics, "batch": batch, "kernel": event.key[:70], "calls": event.count, "ms": event.device_time_total / 1e3}
                 )
     return rows
 
@@ -286,8 +317,6 @@ class PreNorm(nn.Module):
 @torch.inference_mode()
 def layers() -> list[dict[str, Any]]:
     """One layer of width 1024 in bf16: ours, the comparison layer gated_conv (its plain torch code, eager) and a pre-norm transformer's."""
-    from dataclasses import replace
-
     from model.fused import Block, Mask
     from model.gated_conv import GatedConvBlock
     from model.hstu import HstuBlock
@@ -301,7 +330,7 @@ def layers() -> list[dict[str, Any]]:
         kind = torch.full((batch * length,), 2, dtype=torch.int32, device=GPU)
         tiles = _up(query_tiles(history, offered, limit, 128))
         mask = Mask(kind, _up(limit), tiles, kind[:0], kind[:0], tiles[:0], 128)
-        block = Block(HstuBlock(config, last=False), 16, torch.bfloat16, torch.bfloat16, False).to(GPU)
+        block = Block(HstuBlock(config, last=False), 16, torch.bfloat16, torch.bfloat16, False, None).to(GPU)
         rows.append({"length": length, "batch": batch, "layer": "HSTU, fused", "ms": _graph_ms(_captured(lambda: block(x, mask)))})
         transformer = PreNorm(1024, 16).to(GPU, torch.bfloat16)
         dense = x.view(batch, length, 1024).bfloat16()
@@ -322,8 +351,44 @@ def layers() -> list[dict[str, Any]]:
     return rows
 
 
+def engine() -> list[dict[str, Any]]:
+    """The engine as it serves large: requests in, scores out, packing, copies and queue included; full-length requests of 128 candidates."""
+    from model import checkpoint
+    from pipeline import measure as load
+    from pipeline.backends.fused import BACKEND
+
+    torch.manual_seed(0)
+    requests, rows = _requests(64, 2048, 0.0), []
+    load.quick_switching()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        checkpoint.save(place / "checkpoint", MTGR(SIZES["large"], _schema()))
+        for precision, residual in (("bf16", "fp32"), ("fp8", "half")):
+            out = place / precision
+            out.mkdir()
+            BACKEND.build(place / "checkpoint", {"build.precision": precision, "build.residual": residual}, out)
+            began = time.perf_counter()
+            session = BACKEND.load(out, {"engine.steps": 2, "serve.max_batch_tokens": 65_536, "serve.max_wait_ms": 0.0})
+            loaded = time.perf_counter() - began
+            try:
+                load.warm_up(session, requests, 64, 1.0, print)
+                alone, full = (load.closed_loop(session, requests, concurrency, 3.0) for concurrency in (1, 96))
+                rate = 0.8 * full.rate_rps
+                arrivals = np.cumsum(np.random.default_rng(3).exponential(1 / rate, int(6 * rate)))
+                sent = [replace(requests[i % len(requests)], arrival_s=float(at)) for i, at in enumerate(arrivals)]
+                window = load.open_loop(session, sent)
+                row = {"precision": precision, "residual": residual, "load_s": loaded, "peak_rps": full.rate_rps, "rate_rps": rate}
+                row |= {f"alone_ms/p{p}": float(np.percentile(alone.latency_ms, p)) for p in (50, 99)}
+                row |= {f"latency_ms/p{p}": float(np.percentile(window.latency_ms, p)) for p in (50, 99)}
+                rows.append(row | {"late_ms/p99": float(np.percentile(window.late_ms, 99)), "requests": len(sent)})
+                print(rows[-1], flush=True)
+            finally:
+                session.close()
+    return rows
+
+
 SECTIONS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "ceilings": ceilings, "attention": attention_rows, "memory": memory, "stack": stack, "profile": profile, "layers": layers, "fuzz": fuzz,
+    "ceilings": ceilings, "attention": attention_rows, "memory": memory, "stack": stack, "profile": profile, "layers": layers, "engine": engine, "fuzz": fuzz,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+FASTEST = "fp8, half residual, calibrated"
 CARD_FP32, CARD_FP16 = 17.4, 52.7
 """Requests per second of the design card's layer, eager, batch 8, on another day's H200 (its fp32 and fp16 rows)."""
 
@@ -27,7 +28,9 @@ def main() -> None:
     def row(size: str, precision: str, batch: int, mix: str = "all history real-time") -> dict[str, Any]:
         return next(r for r in stack if (r["size"], r["precision"], r["batch"], r["mix"]) == (size, precision, batch, mix))
 
-    large, eight, alone = row("large", "bf16", 32), row("large", "fp8", 32), row("large", "bf16", 1)
+    large, alone = row("large", "bf16", 32), row("large", "bf16", 1)
+    half, eight = row("large", "bf16, half residual", 32), row("large", FASTEST, 32)
+    plain_fp8 = row("large", "fp8", 32)
     eager = row("large", "fp32 eager, plain network", 8)
     rate = 32e3 / large["ms"]
     times = {(r["length"], r["layer"]): r["ms"] for r in layers}
@@ -38,10 +41,15 @@ def main() -> None:
         f"{machine['processors']} processors. One run; medians; random weights and data; full-length requests of 128 candidates, ids already on the GPU, "
         "dense part and lookup in small tables. Half the events static means that static rows see each other both ways: more useful work.",
         "## In short",
-        f"- Large, cold: **{rate:.0f} requests/s** at batch 32 in bf16, **{32e3 / eight['ms']:.0f}** in fp8, **{alone['ms']:.2f} ms** alone in bf16. Goals were 550, 750 "
-        "and 3.0 ms: fp8 falls short by "
-        f"{100 * (1 - 32e3 / eight['ms'] / 750):.0f} %.\n"
-        f"- Eager fp32 of the same network in the same run: {8e3 / eager['ms']:.1f} requests/s at batch 8, so x{rate / (8e3 / eager['ms']):.0f}. Against the design "
+        f"- Large, cold: **{rate:.0f} requests/s** at batch 32 in bf16, **{32e3 / eight['ms']:.0f}** in fp8 with calibrated scales and half-precision residual rows, "
+        f"**{alone['ms']:.2f} ms** alone in bf16. Goals were 550 ({_verdict(rate / 550)}), 750 ({_verdict(32e3 / eight['ms'] / 750)}) and 3.0 ms ({_verdict(3.0 / alone['ms'])}).\n"
+        f"- Half-precision residual rows bring bf16 to {32e3 / half['ms']:.0f}; fp8 with float32 residual rows and a scale a row reaches {32e3 / plain_fp8['ms']:.0f}.\n"
+        + "".join(
+            f"- The engine itself, from request objects to scores, {r['precision']}{', half residual' if r['residual'] == 'half' else ''}: peak {r['peak_rps']:.0f} requests/s; "
+            f"at {r['rate_rps']:.0f} open loop p50 {r['latency_ms/p50']:.1f}, p99 {r['latency_ms/p99']:.1f} ms; one at a time p50 {r['alone_ms/p50']:.2f}, p99 {r['alone_ms/p99']:.2f} ms.\n"
+            for r in found["engine"]
+        )
+        + f"- Eager fp32 of the same network in the same run: {8e3 / eager['ms']:.1f} requests/s at batch 8, so x{rate / (8e3 / eager['ms']):.0f}. Against the design "
         f"card's own eager fp32 layer ({CARD_FP32} requests/s, measured on another day): x{rate / CARD_FP32:.0f}.\n"
         f"- Attention at batch 32: {_flops(found, 32):.0f} useful TFLOP/s, batch 1 {_flops(found, 1):.0f}; goal 350 and 106. The public Triton kernel is in no package index, "
         "so it was not run beside ours; 219 to 235 and 53 are its figures on such a chip.\n"
@@ -101,16 +109,44 @@ def main() -> None:
             ],
         ),
         "Dense TFLOP/s count every pair, seen or not, as the paper does. Weights are random here, so the last column says how far rounding alone moves untrained "
-        "scores; what a precision costs in AUC is decided by the accuracy gate on a trained model, which has not run on this chip yet.",
+        "scores; what a precision costs in AUC is decided by the accuracy gate on a trained model (reports/h200-search).",
+        "## The engine, from requests to scores",
+        table(
+            [
+                "precision",
+                "residual rows",
+                "load s",
+                "peak requests/s",
+                "one at a time, p50 / p99 ms",
+                "offered requests/s",
+                "p50 / p99 ms",
+                "sender late, p99 ms",
+            ],
+            [
+                [
+                    r["precision"],
+                    r["residual"],
+                    f"{r['load_s']:.0f}",
+                    f"{r['peak_rps']:.0f}",
+                    f"{r['alone_ms/p50']:.2f} / {r['alone_ms/p99']:.2f}",
+                    f"{r['rate_rps']:.0f}",
+                    f"{r['latency_ms/p50']:.1f} / {r['latency_ms/p99']:.1f}",
+                    f"{r['late_ms/p99']:.2f}",
+                ]
+                for r in found["engine"]
+            ],
+        ),
+        "Large, random weights, full-length requests of 128 candidates. The peak is 96 requests in flight; the open loop is Poisson at four fifths of it, latency from "
+        "the intended arrival. Loading captures the graphs of every size.",
         "## Where the milliseconds of large go",
         table(
             ["precision", "batch", "kernel", "calls", "ms"],
             [[r["precision"], str(r["batch"]), f"`{r['kernel']}`", str(r["calls"]), f"{r['ms']:.3f}"] for r in found["profile"]],
         ),
-        "`_linear` are all matrix products with their epilogues, `_forward` is attention, `_norm` the group norms. To reach 750 in fp8: the merge product reads and "
-        "writes float32 residual rows at 2 of 4.3 TB/s (0.25 ms a layer of 1.4), attention stays in bf16 (40 % of the time), norms read rows that the product before "
-        "them had just written. Tried without gain: 64-row tiles, two programs a processor, other stages; beginning the sum with the residual was not among the five fastest of eleven variants. Next: norm "
-        "statistics in the merge epilogue, fp8 attention products, warp specialisation in Gluon.",
+        "`_linear` are all matrix products with their epilogues, `_forward` is attention, `_norm` the group norms. Attention is not bound by its special functions: "
+        "with the activation left out it takes 0.62 instead of 0.67 ms at batch 32, and a polynomial on the idle multipliers, two reciprocals in one or half-precision tanh all lose. "
+        "Its two warp groups wait for each other at every tile, so products and activation hardly overlap; more programs a processor gain nothing, because then keys are "
+        "fetched twice as often. Next: a Gluon kernel in which the next tile's scores are computed during this one's activation, and fp8 attention products.",
         "## One layer of width 1,024 in bf16",
         table(["tokens", "batch", "layer", "ms"], [[str(r["length"]), str(r["batch"]), r["layer"], _number(r.get("ms"))] for r in layers]),
         "## Correctness on the chip",
@@ -123,6 +159,10 @@ def main() -> None:
     (HERE / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf8")
 
 
+def _verdict(ratio: float) -> str:
+    return "met" if ratio >= 1 else f"missed by {100 * (1 - ratio):.0f} %"
+
+
 def _flops(found: dict[str, Any], batch: int) -> float:
     return min(r["forward_tflops"] for r in found["attention"] if r["batch"] == batch and "backward_ms" in r)
 
@@ -132,7 +172,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _share(row: dict[str, Any], bf16: float, fp8: float) -> str:
-    best = {"bf16": bf16, "fp16": bf16, "fp8": fp8}.get(row["precision"])
+    best = {"bf16": bf16, "fp16": bf16, "fp8": fp8}.get(row["precision"].split(",")[0])
     return f"{100 * row['dense_tflops'] / best:.0f} %" if best else ""
 
 

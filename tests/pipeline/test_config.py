@@ -3,9 +3,11 @@
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
+import search_spaces
 from pipeline.config import CONF, GoalConfig, TuneConfig, compose
 from pipeline.errors import UserError
 
@@ -13,12 +15,21 @@ from pipeline.errors import UserError
 def test_defaults_compose_into_frozen_dataclasses() -> None:
     config, text = compose([])
     assert isinstance(config, TuneConfig)
-    assert list(config.backends) == ["eager", "compiled", "onnxruntime"]
+    assert list(config.backends) == ["eager", "compiled", "onnxruntime", "fused"]
     assert isinstance(config.goal, GoalConfig)
     assert config.goal.objectives == ["latency_ms/p99"]
     assert yaml.safe_load(text)["model"]["size"] == "tiny"
     with pytest.raises(FrozenInstanceError):
         config.checkpoint = "elsewhere"  # type: ignore[misc]
+
+
+def test_every_engine_can_be_named_and_has_a_space() -> None:
+    assert {path.stem for path in CONF.glob("backend/*.yaml")} == set(search_spaces.ENGINES)
+
+
+def test_a_trial_may_take_half_of_the_memory_unless_told() -> None:
+    assert compose(["study.memory_mib=512"])[0].study.memory_limit_mib == 512
+    assert compose([])[0].study.memory_limit_mib == pytest.approx(psutil.virtual_memory().total / 2**21)
 
 
 def test_groups_values_and_pins_override() -> None:
@@ -42,6 +53,7 @@ def test_groups_values_and_pins_override() -> None:
         (["study.name=a/b"], "study.name"),
         (["study.sampler=grid"], "tpe, random"),
         (["measure.load=1.5"], "measure.load"),
+        (["study.memory_mib=-1"], "half of the machine's memory"),
         (["model.width=3"], "width"),
     ],
 )
