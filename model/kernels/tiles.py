@@ -48,10 +48,15 @@ def query_tiles(history: NDArray[np.integer], candidates: NDArray[np.integer], l
     table[:, LOW], table[:, HIGH] = np.minimum.reduceat(limit, row), np.maximum.reduceat(limit, row)
     table[:, OWN_ROW] = np.where(segment % 2 == 1, row, -1)
     table[:, REQUEST] = segment // 2
-    if last:
-        table = table[segment % 2 == 1]
-        table[:, ROW] -= np.cumsum(history, dtype=np.int32)[table[:, REQUEST]]
-    return table[np.argsort(-table[:, HIGH], kind="stable")]
+    table = table[np.argsort(-table[:, HIGH], kind="stable")]
+    return candidate_tiles(table, history) if last else table
+
+
+def candidate_tiles(tiles: Ints, history: NDArray[np.integer]) -> Ints:
+    """The table with `last` out of the one without."""
+    table = tiles[tiles[:, OWN_ROW] >= 0]
+    table[:, ROW] -= np.cumsum(history, dtype=np.int32)[table[:, REQUEST]]
+    return table
 
 
 def key_tiles(history: NDArray[np.integer], candidates: NDArray[np.integer], limit: NDArray[np.integer], block: int) -> Ints:
