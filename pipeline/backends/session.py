@@ -37,8 +37,10 @@ class BatchedSession:
         counters: Callable[[], Mapping[str, float]] | None = None,
         on_start: Callable[[], None] | None = None,
         on_close: Callable[[], None] | None = None,
+        depth: int = 1,
     ) -> None:
         """`settings` are settled ones (`knobs.settle`). `run` and `on_start` are called in the batcher's thread, and `effective` too, once.
+        `depth` is how many batches may be in flight, for a `run` that gives something to wait for.
 
         `effective` reads the engine's own settings back; those of the batcher are added. `counters` adds the engine's totals
         (compilations). `on_close` runs after the last batch, once.
@@ -52,7 +54,7 @@ class BatchedSession:
 
         self._schema, self._max_seq_len = schema, max_seq_len
         self._counters, self._on_close = counters, on_close
-        self._batcher = Batcher(run, policy(settings), start)
+        self._batcher = Batcher(run, policy(settings), start, depth=depth)
         served = self._batcher.policy
         self.effective = {
             **self.effective,
