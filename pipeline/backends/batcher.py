@@ -67,7 +67,7 @@ class Batcher:
         At most `depth` batches have been begun and not finished, and the next is not put together before one may begin: what waits longer
         becomes a larger batch. A depth of 1 takes one thread for everything.
         """
-        self.policy = policy
+        self.policy, self.depth = policy, depth
         self.totals = dict.fromkeys(("batches", "requests", "tokens", "padded_tokens", "rejected"), 0)
         self._run = run
         self._queues: dict[tuple[int, int], deque[_Waiting]] = {}

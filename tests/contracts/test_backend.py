@@ -22,6 +22,7 @@ from model.config import ModelConfig
 from model.network import MTGR
 from model.oracle import oracle_scores
 from pipeline.backends import fake, registry, tolerance
+from pipeline.backends.knobs import BUILD_STAGES, LOAD_STAGES, stage
 from pipeline.contracts import HEADS, Backend, RankingRequest, Settings
 from pipeline.errors import ArtifactError, InvalidRequest, Overloaded, SettingsError
 from tests.factories import jagged_requests, random_request
@@ -39,6 +40,8 @@ CASES: tuple[tuple[str, Settings], ...] = (
     ("compiled", {"build.precision": "bf16"}),
     ("fused", {"build.precision": "fp32"}),
     ("fused", {"build.precision": "bf16"}),
+    ("fused", {"build.precision": "fp16"}),
+    ("fused", {"build.precision": "bf16", "engine.inflight": 2}),
     ("onnxruntime", {"quant.recipe": "none", "build.graph_level": "all"}),
 )
 
@@ -47,6 +50,8 @@ CASES: tuple[tuple[str, Settings], ...] = (
 class Case:
     backend: Backend
     settings: Settings
+    """Of the build; `loading` are those of each load."""
+    loading: Settings
     engine: Path
     checkpoint: Path
     expected: Callable[[RankingRequest], np.ndarray]
@@ -62,7 +67,7 @@ class Case:
 
     def load(self, **serve: float):  # type: ignore[no-untyped-def]
         threads: Settings = {"engine.threads": 1} if self.has_threads else {}
-        return self.backend.load(self.engine, {**threads, **SERVE, **{f"serve.{name}": value for name, value in serve.items()}})
+        return self.backend.load(self.engine, {**threads, **SERVE, **self.loading, **{f"serve.{name}": value for name, value in serve.items()}})
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +94,8 @@ def oracle(model: MTGR) -> Callable[[RankingRequest], np.ndarray]:
 def case(
     request: pytest.FixtureRequest, model: MTGR, oracle: Callable[[RankingRequest], np.ndarray], tmp_path_factory: pytest.TempPathFactory
 ) -> Case:
-    name, settings = request.param
+    name, told = request.param
+    settings, loading = stage(told, BUILD_STAGES), stage(told, LOAD_STAGES)
     backend = registry.get(name)
     if reason := backend.unavailable():
         pytest.skip(reason)
@@ -98,7 +104,7 @@ def case(
     backend.build(checkpoint, settings, engine)
     effective = {"build.precision": "fp32", "engine.fault": "none", **settings}
     expected = (lambda r: fake.scores(r, effective)) if name == "fake" else oracle
-    return Case(backend, settings, engine, checkpoint, expected)
+    return Case(backend, settings, loading, engine, checkpoint, expected)
 
 
 @pytest.fixture
@@ -191,7 +197,13 @@ def test_load_refuses_values_out_of_range_and_says_what_is_legal(case: Case, nam
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_effective_settings_are_those_asked_for(case: Case, threads: int) -> None:
-    asked: Settings = {**SERVE, **({"engine.threads": threads} if case.has_threads else {}), "serve.max_wait_ms": 2.0, "serve.bucket": 32}
+    asked: Settings = {
+        **SERVE,
+        **case.loading,
+        **({"engine.threads": threads} if case.has_threads else {}),
+        "serve.max_wait_ms": 2.0,
+        "serve.bucket": 32,
+    }
     session = case.backend.load(case.engine, asked)
     try:
         session.submit(random_request(np.random.default_rng(6))).result(60)
