@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.kernels.tiles import query_tiles
+from model.kernels.tiles import COLUMNS, Ints, candidate_tiles, query_tiles
 from model.packing import CANDIDATE, REALTIME, STATIC, USER
 from pipeline.contracts import FeatureSchema, RankingRequest
 
@@ -31,6 +32,8 @@ NAMES = (
     "candidate_tiles",
 )
 """Order of the fused network's inputs."""
+
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,69 +68,53 @@ class TableRows:
 
 
 def pack_jagged(
-    requests: Sequence[RankingRequest], rows: TableRows | None, block: int, *, dynamic: bool = True, sizes: Sizes | None = None
-) -> dict[str, NDArray[np.generic]]:
+    requests: Sequence[RankingRequest],
+    rows: TableRows | None,
+    block: int,
+    *,
+    dynamic: bool = True,
+    sizes: Sizes | None = None,
+    out: Arrays | None = None,
+) -> Arrays:
     """Arrays by NAMES. `block` rows make a query tile; `dynamic` False makes the history causal (the ablation of the mask).
 
-    Ids become rows of one table by `rows`; without, they stay ids. Raises ValueError where the batch is larger than `sizes`.
+    Ids become rows of one table by `rows`; without, they stay ids. With `sizes` arrays are as long as it says, and 0 where the batch has ended.
+    `out`, arrays of these `shapes`, is written instead of new ones, whatever it held. Raises ValueError where the batch is larger than `sizes`.
     """
-    n_user = len(requests[0].user)
-    first = (rows.user, rows.event, rows.candidate) if rows else (0, 0, 0)
-    static = n_user + np.array([r.static_count for r in requests])
-    events = np.array([len(r.events) for r in requests])
-    history = n_user + events
-    candidates = np.array([len(r.candidates) for r in requests])
-    lengths = history + candidates
-    start = np.cumsum(lengths) - lengths
-    request = np.repeat(np.arange(len(requests)), lengths)
-    position = np.arange(int(lengths.sum())) - start[request]
-    offered = position >= history[request]
-    kind = np.where(offered, CANDIDATE, REALTIME)
-    kind[position < static[request]] = STATIC
-    kind[position < n_user] = USER
+    columns = [len(requests[0].user), *(part.shape[1] for part in (requests[0].events, requests[0].candidates, requests[0].cross))]
+    users = columns[0]
+    events, offered, known = np.array([(len(r.events), len(r.candidates), r.static_count) for r in requests], np.int32).T
+    history = users + events
+    needed = _sizes(history, offered, users, block)
+    room = sizes or needed
+    if not room.holds(needed):
+        raise ValueError(f"a batch of {needed} does not fit in {room}; give it room or split it")
+    if out is None:
+        out = {name: np.empty(shape, type_of(name)) for name, shape in shapes(room, *columns).items()}
+    used = {name: out[name][:length] for name, length in lengths(needed).items()}
+    _put_ids(requests, rows, used)
+    _put_tokens(room, users, events, offered, known, used)
 
-    limit = position + 1
+    static, limit = users + known, used["limit"]
+    np.add(np.repeat(static, offered), np.concatenate([r.visible for r in requests]), out=used["candidate_limit"], casting="unsafe")
+    np.subtract(np.arange(1, needed.tokens + 1, dtype=np.int32), np.repeat(_before(history + offered), history + offered), out=limit)
     if dynamic:
-        limit = np.maximum(limit, static[request])
-    limit[offered] = np.repeat(static, candidates) + np.concatenate([r.visible for r in requests])
-
-    source = np.empty(len(kind), np.int64)
-    first_event, first_candidate = len(requests) * n_user, len(requests) * n_user + int(events.sum())
-    if sizes:
-        first_event, first_candidate = sizes.requests * n_user, sizes.requests * n_user + sizes.events
-    before = np.cumsum(events) - events
-    source[:] = np.where(position < n_user, request * n_user + position, first_event + before[request] + position - n_user)
-    source[offered] = first_candidate + np.arange(int(candidates.sum()))
-
-    arrays: dict[str, NDArray[np.generic]] = {
-        "user_rows": (np.stack([r.user for r in requests]) + first[0]).astype(np.int32),
-        "event_rows": (np.concatenate([r.events for r in requests]) + first[1]).astype(np.int32),
-        "candidate_rows": (np.concatenate([r.candidates for r in requests]) + first[2]).astype(np.int32),
-        "cross": np.concatenate([r.cross for r in requests]).astype(np.float32),
-        "token_source": source.astype(np.int32),
-        "kind": kind.astype(np.int32),
-        "limit": limit.astype(np.int32),
-        "tiles": query_tiles(history, candidates, limit, block),
-        "candidate_tokens": np.flatnonzero(offered).astype(np.int32),
-        "candidate_limit": limit[offered].astype(np.int32),
-        "candidate_tiles": query_tiles(history, candidates, limit, block, last=True),
-    }
-    return _fill(arrays, sizes) if sizes else arrays
+        np.maximum(limit, np.repeat(static, history + offered), out=limit)
+    limit[used["candidate_tokens"]] = used["candidate_limit"]
+    used["tiles"][:] = tiles = query_tiles(history, offered, limit, block)
+    used["candidate_tiles"][:] = candidate_tiles(tiles, history)
+    # What a former batch left behind the end of this one is cleared in every array: a tile of it would be computed, and where batches of several
+    # sizes share a buffer an index of it may be anything. It is little, because the rungs of a ladder lie close.
+    for name, array in out.items():
+        array[len(used[name]) :] = 0
+    return out
 
 
 def sizes_of(requests: Sequence[RankingRequest], block: int) -> Sizes:
     """What a batch takes up, without packing it."""
-    history = np.array([len(r.user) + len(r.events) for r in requests])
-    candidates = np.array([len(r.candidates) for r in requests])
-    offered = int((-(-candidates // block)).sum())
-    return Sizes(
-        requests=len(requests),
-        events=int(history.sum()) - sum(len(r.user) for r in requests),
-        candidates=int(candidates.sum()),
-        tokens=int((history + candidates).sum()),
-        tiles=int((-(-history // block)).sum()) + offered,
-        candidate_tiles=offered,
-    )
+    users = len(requests[0].user)
+    events, offered = np.array([(len(r.events), len(r.candidates)) for r in requests]).T
+    return _sizes(users + events, offered, users, block)
 
 
 def lengths(sizes: Sizes) -> dict[str, int]:
@@ -142,13 +129,59 @@ def lengths(sizes: Sizes) -> dict[str, int]:
     }
 
 
-def _fill(arrays: dict[str, NDArray[np.generic]], sizes: Sizes) -> dict[str, NDArray[np.generic]]:
+def shapes(sizes: Sizes, users: int, events: int, candidates: int, cross: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each array, by NAMES, in a batch of `sizes` whose users, events and candidates have so many features, and cross features."""
+    columns = {"user_rows": users, "event_rows": events, "candidate_rows": candidates, "cross": cross, "tiles": COLUMNS, "candidate_tiles": COLUMNS}
     rows = lengths(sizes)
-    if any(len(array) > rows[name] for name, array in arrays.items()):
-        needed = {name: len(array) for name, array in arrays.items()}
-        raise ValueError(f"a batch of {needed} does not fit in {sizes}; give it room or split it")
-    filled = {}
-    for name, array in arrays.items():
-        filled[name] = np.zeros((rows[name], *array.shape[1:]), array.dtype)
-        filled[name][: len(array)] = array
-    return filled
+    return {name: (rows[name], columns[name]) if name in columns else (rows[name],) for name in NAMES}
+
+
+def type_of(name: str) -> type[np.int32] | type[np.float32]:
+    """Type of one of NAMES."""
+    return np.float32 if name == "cross" else np.int32
+
+
+def _sizes(history: Ints, candidates: Ints, users: int, block: int) -> Sizes:
+    offered = int((-(-candidates // block)).sum())
+    total = int(history.sum())
+    return Sizes(
+        requests=len(history),
+        events=total - len(history) * users,
+        candidates=int(candidates.sum()),
+        tokens=total + int(candidates.sum()),
+        tiles=int((-(-history // block)).sum()) + offered,
+        candidate_tiles=offered,
+    )
+
+
+def _put_ids(requests: Sequence[RankingRequest], rows: TableRows | None, used: Arrays) -> None:
+    """Features as they come, then each column moved to where its table begins."""
+    np.concatenate([r.user[None] for r in requests], out=used["user_rows"], casting="unsafe")
+    np.concatenate([r.events for r in requests], out=used["event_rows"], casting="unsafe")
+    np.concatenate([r.candidates for r in requests], out=used["candidate_rows"], casting="unsafe")
+    np.concatenate([r.cross for r in requests], out=used["cross"], casting="unsafe")
+    if rows:
+        for name, first in (("user_rows", rows.user), ("event_rows", rows.event), ("candidate_rows", rows.candidate)):
+            for column, start in enumerate(first):  # numpy takes eight times as long to add a short row to each
+                used[name][:, column] += start
+
+
+def _put_tokens(room: Sizes, users: int, events: Ints, offered: Ints, known: Ints, used: Arrays) -> None:
+    """Kinds, sources and which are candidates. A request is four runs of tokens: each is of one kind, and its sources count up."""
+    runs = np.stack([np.full_like(known, users), known, events - known, offered], axis=1).ravel()
+    used["kind"][:] = np.repeat(np.tile(np.array([USER, STATIC, REALTIME, CANDIDATE], np.int32), len(events)), runs)
+
+    number = np.arange(len(used["kind"]), dtype=np.int32)
+    start = _before(users + events + offered)
+    of_user = np.arange(len(events), dtype=np.int32) * users
+    of_event = room.requests * users + _before(events)
+    of_candidate = room.requests * users + room.events + _before(offered)
+    moved = np.stack([of_user - start, of_event - users - start, of_event - users - start, of_candidate - users - events - start], axis=1).ravel()
+    np.add(number, np.repeat(moved, runs), out=used["token_source"])
+    np.add(number[: len(used["candidate_tokens"])], np.repeat(start + users + events - _before(offered), offered), out=used["candidate_tokens"])
+
+
+def _before(counts: Ints) -> Ints:
+    """Sums of what comes before each."""
+    result: Ints = np.cumsum(counts, dtype=np.int32) - counts
+    return result

@@ -14,6 +14,7 @@ def space(cores: int) -> Space:
         "engine.graphs": True,
         "engine.steps": 4,
         "engine.block": 0,
+        "engine.inflight": 1,
         **SERVE_DEFAULTS,
     }
     tokens = Choice(
@@ -21,6 +22,7 @@ def space(cores: int) -> Space:
         options=(2048, 4096, 8192, 16384, 32768, 65536),
         why="2048 is one longest request of the largest model; at 65536 products reach what they can, and a batch of large takes 55 ms",
     )
+    busy: Settings = {"serve.max_wait_ms": 0.0, "serve.max_batch_tokens": 32768, "engine.inflight": 2}
     return Space(
         backend="fused",
         nodes=(
@@ -62,18 +64,19 @@ def space(cores: int) -> Space:
                 options=(0, 64, 128),
                 why="64 rows a tile fill the chip with small batches, 128 read keys half as often",
             ),
+            Int(
+                name="engine.inflight",
+                low=1,
+                high=3,
+                why="2 pack and copy the next batch while the GPU computes; it is smaller than one put together later and waits behind the first, "
+                "so 1 may be better at p99; a third only helps where the host is now and then slower than the GPU",
+            ),
             *(tokens if knob.name == tokens.name else knob for knob in SERVE),
         ),
         defaults=defaults,
         presets=(
-            {"build.precision": "bf16", "serve.max_wait_ms": 0.0, "serve.max_batch_tokens": 32768},
-            {"build.precision": "fp8", "serve.max_wait_ms": 0.0, "serve.max_batch_tokens": 32768},
-            {
-                "build.precision": "fp8",
-                "build.residual": "half",
-                "quant.recipe": "fp8_max",
-                "serve.max_wait_ms": 0.0,
-                "serve.max_batch_tokens": 32768,
-            },
+            {"build.precision": "bf16", **busy},
+            {"build.precision": "fp8", **busy},
+            {"build.precision": "fp8", "build.residual": "half", "quant.recipe": "fp8_max", **busy},
         ),
     )

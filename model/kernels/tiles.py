@@ -30,9 +30,14 @@ def query_tiles(history: NDArray[np.integer], candidates: NDArray[np.integer], l
     """[n, COLUMNS] for requests of `history` [B] tokens followed by `candidates` [B], with `limit` [T] keys seen by each row.
 
     With `last` the queries are the candidates alone, packed together: rows count candidates, and own rows still count tokens. `limit` is [T]
-    in both cases.
+    in both cases. Raises ValueError for lengths that do not add up, or a row that would see more than its request's history: no kernel looks again.
     """
     start = np.concatenate([[0], np.cumsum(history + candidates)])
+    if len(history) != len(candidates) or min(history.min(initial=0), candidates.min(initial=0)) < 0 or len(limit) != start[-1]:
+        raise ValueError(
+            f"history and candidates hold one length of at least 0 a request and limit one entry a row, got {len(history)} and {len(candidates)} "
+            f"lengths of {start[-1]} rows in all and {len(limit)} limits"
+        )
     segments = np.stack([history, candidates], axis=1).ravel()  # in token order: they partition the rows
     first_row = np.stack([start[:-1], start[:-1] + history], axis=1).ravel()
     count = -(-segments // block)
@@ -48,10 +53,21 @@ def query_tiles(history: NDArray[np.integer], candidates: NDArray[np.integer], l
     table[:, LOW], table[:, HIGH] = np.minimum.reduceat(limit, row), np.maximum.reduceat(limit, row)
     table[:, OWN_ROW] = np.where(segment % 2 == 1, row, -1)
     table[:, REQUEST] = segment // 2
-    if last:
-        table = table[segment % 2 == 1]
-        table[:, ROW] -= np.cumsum(history, dtype=np.int32)[table[:, REQUEST]]
-    return table[np.argsort(-table[:, HIGH], kind="stable")]
+    if limit.min() < 0 or (table[:, HIGH] > history[segment // 2]).any():
+        worst = int(np.argmax(table[:, HIGH] - history[segment // 2]))
+        raise ValueError(
+            f"a row sees from 0 keys to all of its request's history, got a limit of {limit.min()} at least, and of {table[worst, HIGH]} "
+            f"over a history of {history[segment[worst] // 2]}"
+        )
+    table = table[np.argsort(-table[:, HIGH], kind="stable")]
+    return candidate_tiles(table, history) if last else table
+
+
+def candidate_tiles(tiles: Ints, history: NDArray[np.integer]) -> Ints:
+    """The table with `last` out of the one without."""
+    table = tiles[tiles[:, OWN_ROW] >= 0]
+    table[:, ROW] -= np.cumsum(history, dtype=np.int32)[table[:, REQUEST]]
+    return table
 
 
 def key_tiles(history: NDArray[np.integer], candidates: NDArray[np.integer], limit: NDArray[np.integer], block: int) -> Ints:

@@ -2,12 +2,17 @@
 
 A build keeps the checkpoint's own weights, and the input scales of a quantised one; `load` puts them into the precision and layout of the
 kernels. In fp8 each row has a scale of its own (quant.recipe=none) or its layer's, calibrated (fp8_max). A batch is packed on the host into
-one pinned buffer, travels in one copy, is replayed and comes back in one copy, with one wait at the end. Triton keeps compiled kernels in its
-own cache, so a second load on a machine compiles nothing. Not here: AOTInductor, which with torch 2.11 crashes on opening any package for CUDA.
+one pinned buffer, travels in one copy, is replayed and comes back in one copy, with one wait at the end. Meanwhile the next ones may be packed
+and copied, `engine.inflight` in all: copies to the GPU have a stream of their own, replays another. Triton keeps compiled kernels in its own
+cache, so a second load on a machine compiles nothing.
+
+Not here: AOTInductor. It exports this network and its operators, and scores right on a CPU with torch 2.13; with torch 2.11 on a GPU its proxy
+hands operators wrong types, and in fp8 export takes a length for a constant. A replayed graph has no host code left for it to save.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,15 +21,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.jagged import NAMES, Sizes, TableRows, lengths, pack_jagged, sizes_of
-from model.kernels.tiles import COLUMNS
+from model.jagged import Sizes, TableRows, pack_jagged, sizes_of
 from model.ladder import fitting, sizes, tokens_of
 from pipeline.backends import engine, quantised
+from pipeline.backends.batcher import Wait
 from pipeline.backends.knobs import SERVE, Knob, settle
+from pipeline.backends.lanes import Lane, Layout
 from pipeline.backends.pytorch import missing
 from pipeline.backends.quantised import NONE
 from pipeline.backends.session import BatchedSession
-from pipeline.contracts import HEADS, RankingRequest, Settings
+from pipeline.contracts import RankingRequest, Settings
 from pipeline.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -45,13 +51,13 @@ LOAD: Mapping[str, Knob] = {
     "engine.graphs": Knob(default=True, options=(True, False)),
     "engine.steps": Knob(default=4, low=1, high=16),
     "engine.block": Knob(default=0, options=(0, 64, 128)),
+    "engine.inflight": Knob(default=1, options=(1, 2, 3)),
     **SERVE,
 }
-"""`steps` are sizes an octave of the ladder; `block` are the rows of an attention tile, 0 for 64 in small batches and 128 in others."""
+"""`steps` are sizes an octave of the ladder; `block` are the rows of an attention tile, 0 for 64 in small batches and 128 in others; `inflight` are
+the batches between the beginning of their packing and the end of their scores, 1 for one after the other."""
 SMALL_BATCH = 4096
 """Tokens up to which tiles of 64 rows are faster: larger ones do not fill the chip."""
-ALIGN = 64
-"""Bytes at whose multiples an array begins in the buffer."""
 OLDEST = (9, 0)
 
 
@@ -103,13 +109,15 @@ class Fused:
         largest = max(int(settled["serve.max_batch_tokens"]), built.max_seq_len)
         batches = Batches(
             network,
-            tokens_of(largest, int(settled["engine.steps"])),
+            largest,
+            steps=int(settled["engine.steps"]),
             device="cuda",
             graphs=bool(settled["engine.graphs"]),
             block=int(settled["engine.block"]),
+            inflight=int(settled["engine.inflight"]),
         )
         return BatchedSession(
-            batches.run,
+            batches.launch,
             schema=built.schema,
             max_seq_len=built.max_seq_len,
             settings=settled,
@@ -117,6 +125,7 @@ class Fused:
             counters=lambda: {"compilations": float(batches.compiled())},
             on_start=batches.start,
             on_close=batches.close,
+            depth=batches.inflight,
         )
 
 
@@ -124,28 +133,52 @@ BACKEND = Fused()
 
 
 class Batches:
-    """The network over batches of requests: pinned buffers, and a graph for each size. For one thread at a time."""
+    """The network over batches of requests: a lane of buffers for each batch in flight, a graph for each size.
 
-    def __init__(self, network: FusedMTGR, rungs: list[int], *, device: str, graphs: bool, block: int) -> None:
-        self.network, self.rungs, self.device, self.graphs, self.block = network, rungs, device, graphs, block
+    `launch` is for one thread at a time; what it gives may be called in another one. All graphs read one device buffer and share one pool of memory,
+    and so run one after the other, on one stream. A lane's batch is copied there from the lane's own device buffer, which is filled while its
+    predecessor computes: 2 MB in a batch of 65536 tokens, 10 at most, which is microseconds on the device. A graph for each lane would save that and
+    capture everything, and hold it, once a lane.
+    """
+
+    def __init__(self, network: FusedMTGR, largest: int, *, steps: int, device: str, graphs: bool, block: int, inflight: int = 1) -> None:
+        """`largest` tokens must have a place in one batch; the other arguments are those of the knobs."""
+        self.network, self.device, self.graphs, self.block, self.inflight = network, device, graphs, block, inflight
+        self.steps, self.rungs = steps, tokens_of(largest, steps)
         self.rows = TableRows(network.schema)
         self._slots: dict[Sizes, _Slot] = {}
+        self._free: deque[Lane] = deque()
+        self._input: torch.Tensor | None = None
+        self._copying: torch.cuda.Stream | None = None
+        self._computing: torch.cuda.Stream | None = None
+        """None on the CPU, where torch does everything at once and a context of no stream changes nothing."""
         self._compiled_before = 0
         self._captured = 0
 
     def start(self) -> None:
-        """Weights to the device, then every slot: its buffers, its kernels compiled, its graph captured."""
+        """Weights to the device, then the lanes and every slot: its kernels compiled, its graph captured."""
         import torch
 
         self.network.to(self.device).eval()
         torch.backends.cuda.matmul.allow_tf32 = self.network.precision == "tf32"
         pool: Any = torch.cuda.graph_pool_handle() if self.graphs else None
         # The largest first: the graphs share one pool of memory, and what the first one takes the others find.
+        layouts: dict[Sizes, Layout] = {}
         for tokens in reversed(self.rungs):
             block = self.block_of(tokens)
             for room in sizes(tokens, block) if self.graphs else sizes(tokens, block)[-1:]:
-                self._slots[room] = _Slot(self.network, room, block, self.device, pool, self.graphs)
+                layouts[room] = Layout(self.network.schema, room, block)
+        if self.device == "cuda":
+            self._copying, self._computing = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._computing):
+            self._free.extend(Lane(layouts, self.device) for _ in range(self.inflight))
+            # Zeros: slots run once before any batch has come, and a tile without rows is left out.
+            self._input = torch.zeros(max(layout.size for layout in layouts.values()), dtype=torch.uint8, device=self.device)
+            for room, layout in layouts.items():
+                self._slots[room] = _Slot(self.network, layout, self._input, pool, self.graphs)
                 self._captured += self.graphs
+        if self._computing:
+            torch.cuda.synchronize()
         self._compiled_before = _kernels()
 
     def block_of(self, tokens: int) -> int:
@@ -153,7 +186,16 @@ class Batches:
         return self.block or (64 if tokens <= SMALL_BATCH else 128)
 
     def run(self, requests: Sequence[RankingRequest]) -> NDArray[np.float32]:
-        """[C, heads] probabilities. Raises ValueError for a batch that no rung holds."""
+        """[C, heads] probabilities: `launch` and wait."""
+        return self.launch(requests)()
+
+    def launch(self, requests: Sequence[RankingRequest]) -> Wait:
+        """Begin a batch; call what this gives, once, for its [C, heads] probabilities.
+
+        Raises ValueError for a batch that no rung holds, RuntimeError while `inflight` others have not been waited for.
+        """
+        import torch
+
         total = sum(request.tokens for request in requests)
         tokens = next((rung for rung in self.rungs if rung >= total), None)
         if tokens is None:
@@ -161,12 +203,49 @@ class Batches:
         block = self.block_of(tokens)
         room = fitting(sizes_of(requests, block), tokens, block) if self.graphs else sizes(tokens, block)[-1]
         assert room is not None, "the last level of a rung holds every batch of its tokens"
-        arrays = pack_jagged(requests, self.rows, block, dynamic=self.network.config.dynamic_mask, sizes=room)
-        return self._slots[room].run(arrays, sum(len(request.candidates) for request in requests))
+        if not self._free:
+            raise RuntimeError(f"at most {self.inflight} batches may be in flight, {self.inflight} are; wait for one before the next")
+        lane, candidates = self._free.popleft(), sum(len(request.candidates) for request in requests)
+        try:
+            pack_jagged(requests, self.rows, block, dynamic=self.network.config.dynamic_mask, sizes=room, out=lane.arrays[room])
+            done = self._enqueue(lane, self._slots[room], candidates)
+        except BaseException:
+            self._free.append(lane)
+            if self._computing:
+                torch.cuda.synchronize()  # what has been queued so far may still read the lane's buffers
+            raise
+
+        def wait() -> NDArray[np.float32]:
+            try:
+                if done:
+                    done.synchronize()  # leaves the interpreter to others
+                return lane.scores[:candidates].numpy().copy()
+            finally:
+                self._free.append(lane)
+
+        return wait
+
+    def _enqueue(self, lane: Lane, slot: _Slot, candidates: int) -> torch.cuda.Event | None:
+        """Copy in, compute, copy out; the event after it all. Nothing here waits for the device."""
+        import torch
+
+        assert self._input is not None, "batches begin after `start`"
+        size = slot.size
+        with torch.inference_mode():
+            with torch.cuda.stream(self._copying):
+                lane.there[:size].copy_(lane.host[:size], non_blocking=True)
+            with torch.cuda.stream(self._computing):
+                if self._computing and self._copying:
+                    self._computing.wait_stream(self._copying)
+                self._input[:size].copy_(lane.there[:size])
+                # On the computing stream too: the next replay writes over the result.
+                lane.scores[:candidates].copy_(slot.scores()[:candidates], non_blocking=True)
+                return self._computing.record_event() if self._computing else None
 
     def effective(self) -> Settings:
-        """What runs: whether graphs were captured, of how many sizes, on how many rungs."""
-        return {"engine.graphs": self._captured > 0, "engine.slots": len(self._slots), "engine.rungs": len(self.rungs)}
+        """What runs: the ladder, how many sizes stand on it, whether they are graphs, and the rows of a tile."""
+        ladder: Settings = {"engine.steps": self.steps, "engine.rungs": len(self.rungs), "engine.slots": len(self._slots)}
+        return {**ladder, "engine.graphs": self._captured > 0, "engine.block": self.block}
 
     def compiled(self) -> int:
         """Kernels compiled since all slots stood."""
@@ -177,41 +256,21 @@ class Batches:
         import torch
 
         self._slots.clear()
+        self._free.clear()
+        self._input = None
         self.network.to("cpu")
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
 
 class _Slot:
-    """One size: a pinned host buffer, its double on the device, the result's two, and perhaps a graph."""
+    """One size: the network over its part of the common input, and perhaps a graph of that."""
 
-    def __init__(self, network: FusedMTGR, room: Sizes, block: int, device: str, pool: Any, graph: bool) -> None:
+    def __init__(self, network: FusedMTGR, layout: Layout, source: torch.Tensor, pool: Any, graph: bool) -> None:
         import torch
 
-        self.network, self.block, self.graph = network, block, None
-        schema = network.schema
-        columns = {
-            "user_rows": (len(schema.user),),
-            "event_rows": (len(schema.event),),
-            "candidate_rows": (len(schema.candidate),),
-            "cross": (len(schema.cross),),
-            **dict.fromkeys(("tiles", "candidate_tiles"), (COLUMNS,)),
-        }
-        shapes = {name: (rows, *columns.get(name, ())) for name, rows in lengths(room).items()}
-        places, end = {}, 0
-        for name in NAMES:
-            places[name] = end
-            end += -(-int(np.prod(shapes[name])) * 4 // ALIGN) * ALIGN
-        pinned = device == "cuda"
-        self.host = torch.zeros(end, dtype=torch.uint8, pin_memory=pinned)
-        self.there = torch.zeros(end, dtype=torch.uint8, device=device)
-        raw = self.host.numpy()
-        self.views = {name: raw[places[name] :][: int(np.prod(shape)) * 4].view(_type(name)).reshape(shape) for name, shape in shapes.items()}
-        self.inputs = [
-            self.there[places[name] :][: int(np.prod(shapes[name])) * 4].view(torch.float32 if name == "cross" else torch.int32).view(shapes[name])
-            for name in NAMES
-        ]
-        self.scores = torch.zeros(room.candidates, len(HEADS), pin_memory=pinned)
+        self.network, self.block, self.size, self.graph = network, layout.block, layout.size, None
+        self.inputs = layout.views(source)
         with torch.inference_mode():
             self.result = self._network()
             if graph:
@@ -220,21 +279,12 @@ class _Slot:
                 with torch.cuda.graph(self.graph, pool=pool):
                     self.result = self._network()
 
-    def run(self, arrays: Mapping[str, NDArray[np.generic]], candidates: int) -> NDArray[np.float32]:
-        import torch
-
-        for name, array in arrays.items():
-            self.views[name][...] = array
-        with torch.inference_mode():
-            self.there.copy_(self.host, non_blocking=True)
-            if self.graph is None:
-                self.result = self._network()
-            else:
-                self.graph.replay()
-            self.scores.copy_(self.result, non_blocking=True)
-            if self.there.is_cuda:
-                torch.cuda.current_stream().synchronize()
-        return self.scores[:candidates].numpy().copy()
+    def scores(self) -> torch.Tensor:
+        """[room for candidates, heads], soon; overwritten by the next batch of any size."""
+        if self.graph is None:
+            return self._network()
+        self.graph.replay()
+        return self.result
 
     def _network(self) -> torch.Tensor:
         result: torch.Tensor = self.network(*self.inputs, self.block)
@@ -256,10 +306,6 @@ def _capability() -> tuple[int, int]:
     except Exception:  # any failure of a missing driver, library or device means: no GPU to speak of
         return (0, 0)
     return int(major), int(minor)
-
-
-def _type(name: str) -> type[np.generic]:
-    return np.float32 if name == "cross" else np.int32
 
 
 def _kernels() -> int:

@@ -37,8 +37,10 @@ class BatchedSession:
         counters: Callable[[], Mapping[str, float]] | None = None,
         on_start: Callable[[], None] | None = None,
         on_close: Callable[[], None] | None = None,
+        depth: int | None = None,
     ) -> None:
         """`settings` are settled ones (`knobs.settle`). `run` and `on_start` are called in the batcher's thread, and `effective` too, once.
+        `depth` is how many batches may be in flight, for a `run` that gives something to wait for, and is read back as engine.inflight.
 
         `effective` reads the engine's own settings back; those of the batcher are added. `counters` adds the engine's totals
         (compilations). `on_close` runs after the last batch, once.
@@ -52,7 +54,7 @@ class BatchedSession:
 
         self._schema, self._max_seq_len = schema, max_seq_len
         self._counters, self._on_close = counters, on_close
-        self._batcher = Batcher(run, policy(settings), start)
+        self._batcher = Batcher(run, policy(settings), start, depth=depth or 1)
         served = self._batcher.policy
         self.effective = {
             **self.effective,
@@ -61,6 +63,8 @@ class BatchedSession:
             "serve.bucket": served.bucket,
             "serve.queue_limit": served.queue_limit,
         }
+        if depth is not None:
+            self.effective = {**self.effective, "engine.inflight": self._batcher.depth}
 
     def submit(self, request: RankingRequest) -> Future[Scores]:
         """Queue one request. Raises InvalidRequest, or RuntimeError once closed; the future fails with Overloaded when the queue is full."""

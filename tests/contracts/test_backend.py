@@ -17,15 +17,18 @@ import numpy as np
 import pytest
 import torch
 
+import search_spaces
 from calibration.quantise import quantise
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.network import MTGR
 from model.oracle import oracle_scores
 from pipeline.backends import fake, registry, tolerance
+from pipeline.backends.knobs import BUILD_STAGES, LOAD_STAGES, cores, stage
 from pipeline.contracts import HEADS, Backend, RankingRequest, Settings
 from pipeline.errors import ArtifactError, InvalidRequest, Overloaded, SettingsError
 from pipeline.requests import save_requests
+from pipeline.trial import ignored
 from tests.factories import jagged_requests, random_request
 from tests.model.lively import lively_model
 
@@ -44,6 +47,8 @@ CASES: tuple[tuple[str, Settings], ...] = (
     ("fused", {"build.precision": "bf16", "build.residual": "half"}),
     ("fused", {"build.precision": "fp8"}),
     ("fused", {"build.precision": "fp8", "quant.recipe": "fp8_max"}),
+    ("fused", {"build.precision": "fp16"}),
+    ("fused", {"build.precision": "bf16", "engine.inflight": 2}),
     ("onnxruntime", {"quant.recipe": "none", "build.graph_level": "all"}),
 )
 
@@ -52,6 +57,8 @@ CASES: tuple[tuple[str, Settings], ...] = (
 class Case:
     backend: Backend
     settings: Settings
+    """Of the build; `loading` are those of each load."""
+    loading: Settings
     engine: Path
     checkpoint: Path
     expected: Callable[[RankingRequest], np.ndarray]
@@ -67,7 +74,7 @@ class Case:
 
     def load(self, **serve: float):  # type: ignore[no-untyped-def]
         threads: Settings = {"engine.threads": 1} if self.has_threads else {}
-        return self.backend.load(self.engine, {**threads, **SERVE, **{f"serve.{name}": value for name, value in serve.items()}})
+        return self.backend.load(self.engine, {**threads, **SERVE, **self.loading, **{f"serve.{name}": value for name, value in serve.items()}})
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +101,8 @@ def oracle(model: MTGR) -> Callable[[RankingRequest], np.ndarray]:
 def case(
     request: pytest.FixtureRequest, model: MTGR, oracle: Callable[[RankingRequest], np.ndarray], tmp_path_factory: pytest.TempPathFactory
 ) -> Case:
-    name, settings = request.param
+    name, told = request.param
+    settings, loading = stage(told, BUILD_STAGES), stage(told, LOAD_STAGES)
     backend = registry.get(name)
     if reason := backend.unavailable():
         pytest.skip(reason)
@@ -105,7 +113,7 @@ def case(
     backend.build(checkpoint, settings, engine)
     effective = {"build.precision": "fp32", "engine.fault": "none", **settings}
     expected = (lambda r: fake.scores(r, effective)) if name == "fake" else oracle
-    return Case(backend, settings, engine, checkpoint, expected)
+    return Case(backend, settings, loading, engine, checkpoint, expected)
 
 
 def quantised(checkpoint: Path, recipe: str) -> Path:
@@ -206,9 +214,26 @@ def test_load_refuses_values_out_of_range_and_says_what_is_legal(case: Case, nam
         case.backend.load(case.engine, {name: value})  # type: ignore[dict-item]
 
 
+def test_every_knob_of_the_search_is_read_back(case: Case) -> None:
+    # A trial whose engine does not report a knob is infeasible, so no search could use it.
+    space = search_spaces.of(case.backend.name, cores())
+    serving = {**stage(space.defaults, LOAD_STAGES), **case.loading}
+    session = case.backend.load(case.engine, serving)
+    try:
+        assert ignored({**stage(space.defaults, BUILD_STAGES), **case.settings, **serving}, session.effective) == []
+    finally:
+        session.close()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_effective_settings_are_those_asked_for(case: Case, threads: int) -> None:
-    asked: Settings = {**SERVE, **({"engine.threads": threads} if case.has_threads else {}), "serve.max_wait_ms": 2.0, "serve.bucket": 32}
+    asked: Settings = {
+        **SERVE,
+        **case.loading,
+        **({"engine.threads": threads} if case.has_threads else {}),
+        "serve.max_wait_ms": 2.0,
+        "serve.bucket": 32,
+    }
     session = case.backend.load(case.engine, asked)
     try:
         session.submit(random_request(np.random.default_rng(6))).result(60)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from model.jagged import NAMES, Sizes, TableRows, pack_jagged, sizes_of
+from model.jagged import NAMES, Sizes, TableRows, pack_jagged, shapes, sizes_of, type_of
 from model.ladder import LEVELS, fitting, sizes, tokens_of
 from model.packing import pack_numpy
 from tests.factories import SCHEMA, jagged_requests, random_request
@@ -69,6 +69,19 @@ def test_fixed_sizes_add_nothing_that_is_looked_at() -> None:
     np.testing.assert_array_equal(filled["token_source"][: len(plain["kind"])], order[plain["token_source"]])
     with pytest.raises(ValueError, match="does not fit in"):
         pack_jagged(requests, ROWS, 16, sizes=replace(room, tokens=5))
+
+
+def test_a_used_buffer_holds_the_same_as_a_new_one() -> None:
+    rng = np.random.default_rng(9)
+    room = sizes(1024, 16)[-1]
+    used = {name: np.full_like(array, -7) for name, array in pack_jagged(jagged_requests(rng, 2), ROWS, 16, sizes=room).items()}
+    for count in (1, 6, 3):
+        requests = jagged_requests(rng, count)
+        assert pack_jagged(requests, ROWS, 16, sizes=room, out=used) is used
+        for name, array in pack_jagged(requests, ROWS, 16, sizes=room).items():
+            np.testing.assert_array_equal(used[name], array)
+            assert used[name].dtype == array.dtype == type_of(name)
+            assert array.shape == shapes(room, len(SCHEMA.user), len(SCHEMA.event), len(SCHEMA.candidate), len(SCHEMA.cross))[name]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

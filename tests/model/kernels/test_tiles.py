@@ -75,6 +75,21 @@ def test_key_tiles_cover_the_histories_and_begin_at_the_first_query_that_sees_th
     assert sorted(seen) == [row for rows in histories for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("history", "candidates", "limit", "message"),
+    [
+        ([3, 4], [1, 0], [1] * 7, "8 rows in all and 7 limits"),
+        ([3, 4], [1], [1] * 8, "got 2 and 1 lengths"),
+        ([3, -1], [1, 1], [1] * 4, "at least 0 a request"),
+        ([3, 4], [1, 0], [1, 1, 1, 4, 1, 1, 1, 1], "a limit of 1 at least, and of 4 over a history of 3"),
+        ([3, 4], [1, 0], [1, -2, 1, 1, 1, 1, 1, 1], "a limit of -2 at least"),
+    ],
+)
+def test_lengths_and_limits_that_do_not_add_up_are_refused(history: list[int], candidates: list[int], limit: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        query_tiles(np.array(history), np.array(candidates), np.array(limit, np.int32), 16)
+
+
 def test_no_candidates_no_tiles() -> None:
     history, candidates = np.array([3, 4]), np.array([0, 0])
     assert query_tiles(history, candidates, np.full(7, 3), 16, last=True).shape == (0, 8)

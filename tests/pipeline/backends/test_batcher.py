@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
@@ -31,6 +32,47 @@ class Gate:
         self.busy.set()
         assert self.open.wait(10)
         return np.concatenate([np.full((len(r.candidates), 4), r.user_key, np.float32) for r in requests])
+
+
+class Lanes:
+    """A `run` that begins batches at once, each of which ends when the test says so by its number; records what is in flight."""
+
+    def __init__(self) -> None:
+        self.begun: list[list[int]] = []
+        self.in_flight = self.most = 0
+        self.changed = threading.Condition()
+        self.ended: set[int] = set()
+        self.broken: dict[int, Exception] = {}
+        """By user_key of a batch's first request; where `begin` is in the message it fails at once, else in waiting."""
+
+    def __call__(self, requests: Sequence[RankingRequest]) -> Callable[[], np.ndarray]:
+        with self.changed:
+            number, error = len(self.begun), self.broken.get(requests[0].user_key)
+            self.begun.append([request.user_key for request in requests])
+            self.changed.notify_all()
+            if error and "begin" in str(error):
+                raise error
+            self.in_flight += 1
+            self.most = max(self.most, self.in_flight)
+
+        def wait() -> np.ndarray:
+            with self.changed:
+                assert self.changed.wait_for(lambda: number in self.ended, 10)
+                self.in_flight -= 1
+            if error:
+                raise error
+            return np.concatenate([np.full((len(r.candidates), 4), r.user_key, np.float32) for r in requests])
+
+        return wait
+
+    def wait_for(self, begun: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.begun) >= begun, 10)
+
+    def end(self, *numbers: int) -> None:
+        with self.changed:
+            self.ended.update(numbers)
+            self.changed.notify_all()
 
 
 def request(key: int, events: int = 6, candidates: int = 8) -> RankingRequest:
@@ -207,3 +249,134 @@ def test_waiting_costs_no_processor_time(gate: Gate) -> None:
     batcher.submit(request(0)).result(10)
     assert time.process_time() - started < 0.1
     batcher.close()
+
+
+SINGLES = BatchPolicy(max_batch_tokens=16, max_wait_ms=0)
+
+
+def test_a_second_batch_begins_before_the_first_has_ended_and_no_third() -> None:
+    lanes = Lanes()
+    batcher = Batcher(lanes, SINGLES, depth=2)
+    futures = [batcher.submit(request(i)) for i in range(4)]
+    lanes.wait_for(2)
+    time.sleep(0.05)
+    assert lanes.begun == [[0], [1]]
+    assert not any(future.done() for future in futures)
+    lanes.end(0)
+    assert (futures[0].result(10) == 0).all()
+    lanes.wait_for(3)
+    assert not futures[1].done()
+    lanes.end(1, 2, 3)
+    assert [float(future.result(10)[0, 0]) for future in futures] == [0, 1, 2, 3]
+    batcher.close()
+    assert lanes.most == 2
+    assert batcher.totals["batches"] == batcher.totals["requests"] == 4
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_never_more_in_flight_than_told(depth: int) -> None:
+    lanes = Lanes()
+    lanes.end(*range(200))
+    batcher = Batcher(lanes, SINGLES, depth=depth)
+    futures = [batcher.submit(request(i)) for i in range(200)]
+    assert [float(future.result(10)[0, 0]) for future in futures] == list(range(200))
+    batcher.close()
+    assert 1 <= lanes.most <= depth
+    assert lanes.begun == [[i] for i in range(200)]
+
+
+def test_what_waits_for_a_lane_grows_into_one_batch() -> None:
+    lanes = Lanes()
+    batcher = Batcher(lanes, BatchPolicy(max_wait_ms=0), depth=2)
+    futures = [batcher.submit(request(0))]
+    lanes.wait_for(1)
+    futures.append(batcher.submit(request(1)))
+    lanes.wait_for(2)
+    futures += [batcher.submit(request(i)) for i in (2, 3, 4)]
+    lanes.end(0)
+    lanes.wait_for(3)
+    lanes.end(1, 2)
+    assert [float(future.result(10)[0, 0]) for future in futures] == [0, 1, 2, 3, 4]
+    batcher.close()
+    assert lanes.begun == [[0], [1], [2, 3, 4]]
+
+
+def test_an_end_is_heard_while_the_next_batch_waits_for_company() -> None:
+    lanes = Lanes()
+    batcher = Batcher(lanes, BatchPolicy(max_wait_ms=60_000, max_batch_tokens=32), depth=2)
+    full = [batcher.submit(request(i)) for i in (0, 1)]
+    lanes.wait_for(1)
+    lonely = batcher.submit(request(2))
+    lanes.end(0, 1)
+    assert [float(future.result(10)[0, 0]) for future in full] == [0, 1]
+    assert not lonely.done()
+    batcher.close()
+    assert (lonely.result() == 2).all()
+
+
+@pytest.mark.parametrize("when", ["begin", "end"])
+def test_a_batch_that_fails_in_flight_fails_alone(when: str) -> None:
+    lanes = Lanes()
+    lanes.broken[1] = ZeroDivisionError(f"planted at the {when}")
+    batcher = Batcher(lanes, SINGLES, depth=2)
+    futures = [batcher.submit(request(i)) for i in range(5)]
+    lanes.wait_for(2)
+    if when == "begin":
+        assert type(futures[1].exception(10)) is ZeroDivisionError, "what could not begin waits for nobody"
+        assert not futures[0].done()
+    lanes.end(*range(5))
+    assert [type(future.exception(10)) for future in futures] == [type(None), ZeroDivisionError, *[type(None)] * 3]
+    batcher.close()
+    assert batcher.totals["batches"] == 4
+    assert lanes.in_flight == 0
+
+
+def test_what_is_in_flight_has_left_the_queue() -> None:
+    lanes = Lanes()
+    batcher = Batcher(lanes, BatchPolicy(queue_limit=2, max_batch_tokens=16, max_wait_ms=0), depth=2)
+    futures = []
+    for i in range(2):
+        futures.append(batcher.submit(request(i)))
+        lanes.wait_for(i + 1)
+    futures += [batcher.submit(request(i)) for i in (2, 3)]
+    assert isinstance(batcher.submit(request(4)).exception(10), Overloaded)
+    lanes.end(*range(4))
+    assert [float(future.result(10)[0, 0]) for future in futures] == [0, 1, 2, 3]
+    batcher.close()
+
+
+def test_close_finishes_what_is_in_flight_and_ends_both_threads() -> None:
+    before = set(threading.enumerate())
+    lanes = Lanes()
+    batcher = Batcher(lanes, SINGLES, depth=2)
+    futures = [batcher.submit(request(i)) for i in range(5)]
+    lanes.wait_for(2)
+    threading.Timer(0.05, lanes.end, range(5)).start()
+    batcher.close()
+    assert all(future.done() and (future.result() == i).all() for i, future in enumerate(futures))
+    assert {thread for thread in threading.enumerate() if not isinstance(thread, threading.Timer)} == before
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher.submit(request(9))
+
+
+def test_closing_from_a_result_in_flight_does_not_lock_up() -> None:
+    lanes = Lanes()
+    batcher = Batcher(lanes, SINGLES, depth=2)
+    futures = [batcher.submit(request(i)) for i in range(3)]
+    futures[0].add_done_callback(lambda _: batcher.close())
+    lanes.end(*range(3))
+    assert not wait(futures, 10).not_done
+    batcher.close()
+
+
+def test_a_deep_batcher_that_cannot_start_leaves_no_thread() -> None:
+    def start() -> None:
+        raise OSError("planted")
+
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="planted"):
+        Batcher(Lanes(), BatchPolicy(), start, depth=2)
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert set(threading.enumerate()) == before

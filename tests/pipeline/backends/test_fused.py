@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ import tests.model.kernels.conftest  # noqa: F401  # makes kernels run in the in
 from calibration.quantise import quantise
 from model import checkpoint
 from model.config import ModelConfig
-from model.ladder import tokens_of
 from model.oracle import oracle_scores
-from pipeline.backends.fused import BACKEND, Batches
-from pipeline.contracts import Settings
+from pipeline.backends import fused
+from pipeline.backends.batcher import Wait
+from pipeline.backends.fused import BACKEND, LOAD, Batches
+from pipeline.backends.knobs import settle
+from pipeline.backends.session import BatchedSession
+from pipeline.contracts import RankingRequest, Settings
 from pipeline.errors import CheckpointError, SettingsError
 from pipeline.requests import save_requests
 from tests.factories import jagged_requests, random_request
@@ -32,7 +36,8 @@ ON_GPU = torch.cuda.is_available()
 def batches() -> Iterator[Batches]:
     from model.fused import FusedMTGR
 
-    made = Batches(FusedMTGR(lively_model(CONFIG), "fp32"), tokens_of(512, 1), device="cuda" if ON_GPU else "cpu", graphs=ON_GPU, block=64)
+    network = FusedMTGR(lively_model(CONFIG), "fp32")
+    made = Batches(network, 512, steps=1, device="cuda" if ON_GPU else "cpu", graphs=ON_GPU, block=64, inflight=2)
     made.start()
     yield made
     made.close()
@@ -54,8 +59,68 @@ def test_scores_given_out_are_not_overwritten(batches: Batches) -> None:
     rng = np.random.default_rng(1)
     first = batches.run(jagged_requests(rng, 2))
     kept = first.copy()
-    batches.run(jagged_requests(rng, 2))
+    for _ in range(batches.inflight):
+        batches.run(jagged_requests(rng, 2))
     np.testing.assert_array_equal(first, kept)
+
+
+def test_batches_in_flight_keep_to_themselves(batches: Batches) -> None:
+    rng, model = np.random.default_rng(3), lively_model(CONFIG)
+    sent = [jagged_requests(rng, 3), [random_request(rng, static=9, candidates=2)], jagged_requests(rng, 4)]
+    wanted = [np.concatenate([oracle_scores(model, request) for request in requests]) for requests in sent]
+    first, second = batches.launch(sent[0]), batches.launch(sent[1])
+    with pytest.raises(RuntimeError, match="at most 2 batches may be in flight, 2 are; wait for one"):
+        batches.launch(sent[2])
+    found = {1: second()}
+    third = batches.launch(sent[2])
+    found[0], found[2] = first(), third()
+    for number, expected in enumerate(wanted):
+        assert np.abs(found[number] - expected).max() < 5e-5
+
+
+@pytest.mark.parametrize("at", ["pack_jagged", "_enqueue"])
+def test_a_batch_that_could_not_begin_takes_no_place(batches: Batches, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    requests = [random_request(np.random.default_rng(4))]
+    wanted = batches.run(requests)
+    with monkeypatch.context() as planted:
+        planted.setattr(fused if at == "pack_jagged" else Batches, at, fail)
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                batches.launch(requests)
+    first, second = batches.launch(requests), batches.launch(requests)
+    np.testing.assert_array_equal(first(), wanted)
+    np.testing.assert_array_equal(second(), wanted)
+
+
+@pytest.mark.parametrize("inflight", [1, 2, 3])
+def test_a_session_keeps_as_many_in_flight_as_it_says(inflight: int) -> None:
+    from model.fused import FusedMTGR
+
+    model = lively_model(CONFIG)
+    made = Batches(FusedMTGR(model, "fp32"), 128, steps=1, device="cuda" if ON_GPU else "cpu", graphs=ON_GPU, block=64, inflight=inflight)
+    rng = np.random.default_rng(5)
+    requests = [random_request(rng, static=int(rng.integers(0, 9)), candidates=int(rng.integers(1, 5))) for _ in range(8)]
+    begun, full = [0], threading.Event()
+
+    def run(batch: Sequence[RankingRequest]) -> Wait:
+        wait = made.launch(batch)  # refuses more than it has lanes for
+        begun[0] += 1
+        if begun[0] == inflight:
+            full.set()
+        return lambda: wait() if full.wait(10) else pytest.fail("fewer in flight than told")
+
+    session = BatchedSession(
+        run, schema=model.schema, max_seq_len=CONFIG.max_seq_len, settings=settle("fused", {"serve.max_batch_tokens": 1}, LOAD),
+        effective=made.effective, on_start=made.start, on_close=made.close, depth=inflight,
+    )  # fmt: skip
+    futures = [session.submit(request) for request in requests]
+    for request, future in zip(requests, futures, strict=True):
+        assert np.abs(future.result(60) - oracle_scores(model, request)).max() < 5e-5
+    assert session.effective["engine.inflight"] == inflight
+    session.close()
 
 
 def test_too_large_a_batch_is_refused(batches: Batches) -> None:
@@ -74,6 +139,9 @@ def test_settings_and_models_it_does_not_know(tmp_path: Path) -> None:
         BACKEND.build(tmp_path / "right", {"build.residual": "half"}, tmp_path / "engine")
     with pytest.raises(SettingsError, match=r"build\.precision takes"):
         BACKEND.build(tmp_path / "checkpoint", {"build.precision": "int8"}, tmp_path / "engine")
+    for wrong in (0, 4, 2.0, True):
+        with pytest.raises(SettingsError, match=r"engine\.inflight takes one of 1, 2, 3, got"):
+            BACKEND.load(tmp_path / "engine", {"engine.inflight": wrong})
 
 
 @pytest.fixture(scope="module")
