@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SANITIZED := tests/model/kernels/test_attention.py tests/model/kernels/test_linear.py tests/model/kernels/test_fused.py
 
-.PHONY: tune test test-slow test-gpu lint ui clean
+.PHONY: tune test test-slow test-gpu sanitize lint ui clean
 
 tune: $(VENV)/.ready
 	$(BIN)/python -m pipeline tune $(ARGS)
@@ -19,6 +20,11 @@ test-slow: $(VENV)/.ready
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	$(BIN)/python -m pytest tests/model/kernels tests/pipeline/backends/test_fused.py $(ARGS)
+
+# Bad accesses and races in our kernels, over the shapes of their tests; needs a CUDA device and CUDA's compute-sanitizer.
+sanitize: $(VENV)/.ready
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest $(SANITIZED) $(ARGS)
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest $(SANITIZED) $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

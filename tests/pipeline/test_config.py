@@ -64,9 +64,8 @@ def test_what_does_not_fit_is_refused(overrides: list[str], words: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_every_choice_of_every_group_composes(path: Path) -> None:
-    override = f"+{path.parent.name}={path.stem}" if path.parent.name == "experiment" else f"{path.parent.name}={path.stem}"
     own_files = ["data.path=log.parquet"] if "path: ???" in path.read_text() else []
-    compose([override, *own_files])
+    compose([f"{path.parent.name}={path.stem}", *own_files])
 
 
 def test_a_data_set_of_ones_own_needs_its_path() -> None:
