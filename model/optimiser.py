@@ -46,19 +46,26 @@ class RowwiseAdam(torch.optim.Optimizer):
             state["square"] = torch.zeros(len(table), dtype=torch.float32, device=table.device)
         gradient = table.grad
         assert gradient is not None
-        if gradient.is_sparse:
-            gradient = gradient.coalesce()
-            rows, values = gradient.indices()[0], gradient.values()
-            squares = values.square().mean(dim=1)
-        else:
+        if not gradient.is_sparse:
+            # Every row is worked on, used or not: to pick rows by `nonzero` would make the host wait for the GPU.
             squares = gradient.square().mean(dim=1)
-            rows = squares.nonzero()[:, 0]
-            values, squares = gradient[rows], squares[rows]
+            used = squares != 0
+            state["uses"] += used
+            state["square"] = torch.where(used, torch.lerp(squares, state["square"], beta), state["square"])
+            spread = torch.where(used, _spread(state["square"], state["uses"], beta, eps), 1.0)
+            table.add_(gradient / spread[:, None], alpha=-lr)
+            return
+        gradient = gradient.coalesce()
+        rows, values = gradient.indices()[0], gradient.values()
         uses = state["uses"][rows] + 1
-        moment = torch.lerp(squares, state["square"][rows], beta)
+        moment = torch.lerp(values.square().mean(dim=1), state["square"][rows], beta)
         state["uses"][rows], state["square"][rows] = uses, moment
-        spread = (moment / (1 - beta**uses)).sqrt() + eps
-        table.index_add_(0, rows, values / spread[:, None], alpha=-lr)
+        table.index_add_(0, rows, values / _spread(moment, uses, beta, eps)[:, None], alpha=-lr)
+
+
+def _spread(moment: torch.Tensor, uses: torch.Tensor, beta: float, eps: float) -> torch.Tensor:
+    """What a row's gradient is divided by."""
+    return (moment / (1 - beta**uses)).sqrt() + eps
 
 
 def tables(model: nn.Module) -> list[nn.Embedding]:

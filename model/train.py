@@ -39,6 +39,8 @@ from pipeline.contracts import HEADS, FeatureSchema, LabelledRequest, RankingReq
 from pipeline.errors import UserError
 
 Progress = Callable[[float, str], None]
+SAVING_SHARE = 0.1
+"""Of the training's time, the most that saving states may take: with tables of gigabytes one takes longer than what it would save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class TrainConfig:
     patience: int = 2
     """Validations in a row without a better GAUC that end the training; 0 means never. The best weights are kept in any case."""
     save_every_s: float = 30.0
-    """Seconds between resumable states."""
+    """Seconds between resumable states, or more where they are so large that saving would take over a tenth of the time; 0 is after every step."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_tokens", "bucket", "validations"):
@@ -162,13 +164,15 @@ def fit(
         torch.set_num_threads(config.threads)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
     torch.manual_seed(config.seed)
-    network = MTGR(model, schema).to(device)
+    with device:  # made where it is needed: a CPU takes a minute to draw tables of billions of numbers
+        network = MTGR(model, schema)
     run = _Run(config, network, samples, validation, state, progress)
     for epoch in range(run.epoch, config.epochs):
         run.one_pass(epoch)
         if run.over:
             break
-    network.load_state_dict(run.best)
+    if run.best:
+        network.load_state_dict(run.best)
     return network.eval(), run.figures()
 
 
@@ -198,7 +202,7 @@ class _Run:
         self.epoch = self.batch = self.step = self.events = self.stale = 0
         self.done = self.elapsed = 0.0
         self.best_value, self.best_done = -1.0, 0.0
-        self.best: dict[str, torch.Tensor] = {}
+        self.best: dict[str, torch.Tensor] = {}  # on the CPU; empty while there is none and when the network itself is the best
         self.over = False
         self.identity = _identity(config, network, self.sizes)
         position = load_state(state, self.identity, network, self.optimisers)
@@ -206,6 +210,7 @@ class _Run:
             vars(self).update(position)
             progress(self.done, f"continuing after step {self.step}")
         self.saved_at = self.told_at = time.perf_counter()
+        self.saving_s = 0.0
         self.clock = time.perf_counter() - self.elapsed
 
     def one_pass(self, epoch: int) -> None:
@@ -252,7 +257,7 @@ class _Run:
         value = evaluate(self.validation, scores, self.network.schema.heads).get(self.goal, 0.0)
         self.stale += 1
         if value > self.best_value:
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
+            self.best = {} if self.done >= 1 else _kept(self.network, self.best)
             self.best_value, self.best_done, self.stale = value, self.done, 0
         self.over = bool(self.config.patience) and self.stale >= self.config.patience
         self.progress(min(self.done, 1.0), f"validation {self.goal} {value:.4f}, best {self.best_value:.4f}")
@@ -261,7 +266,7 @@ class _Run:
         """Once a second check the loss and show where we are; once in a while keep the state."""
         now = time.perf_counter()
         last = self.over or not self.batch
-        save = now - self.saved_at >= self.config.save_every_s
+        save = now - self.saved_at >= max(self.config.save_every_s, self.saving_s * (1 / SAVING_SHARE - 1))
         if not (last or save or now - self.told_at >= 1):
             return
         loss = self._mean_loss(losses)
@@ -277,6 +282,7 @@ class _Run:
             names = ("epoch", "batch", "step", "events", "stale", "done", "elapsed", "best_value", "best_done", "best", "over")
             save_state(self.state, self.identity, self.network, self.optimisers, {name: getattr(self, name) for name in names})
             self.saved_at = time.perf_counter()
+            self.saving_s = self.saved_at - now if self.config.save_every_s else 0.0
 
     def _mean_loss(self, losses: list[torch.Tensor]) -> float:
         """Of the steps since the last report. Raises UserError when it is no number, before anything bad is judged or kept."""
@@ -298,6 +304,14 @@ class _Run:
             "best_epoch": self.best_done * self.config.epochs,
             "parameters": float(sum(p.numel() for p in self.network.parameters())),
         }
+
+
+def _kept(network: MTGR, last: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of the weights on the CPU, in the memory of the `last` one: gigabytes of fresh pages cost as much as the copy."""
+    kept = {}
+    for name, tensor in network.state_dict().items():
+        kept[name] = last[name].copy_(tensor) if name in last else tensor.detach().to("cpu", copy=True)
+    return kept
 
 
 def masked_loss(logits: torch.Tensor, labels: torch.Tensor, known: torch.Tensor, head_weights: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,44 @@ def test_agrees_with_the_dense_oracle_and_touches_only_used_rows(sparse: bool) -
     assert float((bag.items.weight[:40] - start[:40]).detach().abs().max()) > 0.1
 
 
+def test_a_sparse_step_touches_the_used_rows_and_makes_nothing_of_the_tables_size() -> None:
+    """Changed rows are the used ones, all of them and no others; the state is two floats a row; memory follows the batch."""
+    rows, used = 200_000, 64
+    table = nn.Embedding(rows, 64, sparse=True)
+    start, size = table.weight.detach().clone(), table.weight.numel() * 4
+    optimiser = RowwiseAdam([table.weight], lr=0.1)
+
+    def step(ids: torch.Tensor) -> None:
+        optimiser.zero_grad(set_to_none=True)
+        table(ids).square().sum().backward()
+        optimiser.step()
+
+    first, second = (torch.randint(0, rows, (2 * used,), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    step(first)
+    changed = (table.weight.detach() != start).any(dim=1).nonzero()[:, 0]
+    assert torch.equal(changed, first.unique())
+    assert {name: value.shape for name, value in optimiser.state[table.weight].items()} == {"uses": (rows,), "square": (rows,)}
+    assert torch.equal(optimiser.state[table.weight]["uses"].nonzero()[:, 0], first.unique())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        step(second)
+    taken = sum(max(0, event.self_cpu_memory_usage) for event in seen.key_averages())
+    assert 4 * 64 * used < taken < size / 20
+
+
+def test_rows_of_a_small_table_that_were_not_used_stay_bit_for_bit() -> None:
+    """Also rows used before, and rows never used, whose clock stands at 0."""
+    table = nn.Embedding(6, 4)
+    optimiser = RowwiseAdam([table.weight], lr=0.1)
+    for ids in ([0, 1], [1, 2]):
+        before = table.weight.detach().clone()
+        optimiser.zero_grad(set_to_none=True)
+        table(torch.tensor(ids)).square().sum().backward()
+        optimiser.step()
+        assert (table.weight.detach() != before).any(dim=1).nonzero()[:, 0].tolist() == ids
+    assert optimiser.state[table.weight]["uses"].tolist() == [1, 2, 1, 0, 0, 0]
+    assert optimiser.state[table.weight]["square"][3:].tolist() == [0, 0, 0]
+
+
 def test_sparse_and_dense_gradients_train_alike() -> None:
     dense, sparse = Bag(False), Bag(True)
     for bag in (dense, sparse):

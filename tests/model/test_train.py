@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from model.loader import Hiding, by_length, epoch_batches, lengths, packed
 from model.metrics import evaluate
 from model.network import MTGR
 from model.resume import STATE_FILE, drop_state, save_state
-from model.train import TrainConfig, fit, masked_loss, resolve_train, score
+from model.train import TrainConfig, _Run, fit, masked_loss, resolve_train, score
 from pipeline.config import compose
 from pipeline.errors import MachineError, UserError
 from tests.factories import SCHEMA
@@ -74,6 +76,39 @@ def test_kill_and_restart_give_the_same_weights(tmp_path: Path) -> None:
     assert "continuing after step" in told[0]
     assert not any("pass 0." in line or "pass 1." in line for line in told)
     assert all(torch.equal(wanted[name], resumed[name]) for name in wanted)
+
+
+def test_states_are_saved_less_often_where_saving_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans: list[tuple[float, float]] = []
+
+    def slow(*arguments: Any) -> None:
+        began = time.perf_counter()
+        time.sleep(0.03)
+        spans.append((began, time.perf_counter()))
+
+    monkeypatch.setattr("model.train.save_state", slow)
+    config = replace(TRAIN, epochs=10_000, seconds=1.5, save_every_s=0.01)
+    fit(config, MODEL, SCHEMA, learnable(50, 0), learnable(20, 1), tmp_path, _quiet)
+    assert len(spans) > 2
+    assert all(later[0] - earlier[1] >= 9 * 0.03 for earlier, later in pairwise(spans))
+
+
+def test_the_best_weights_are_copied_only_where_training_goes_on(tmp_path: Path) -> None:
+    network = MTGR(MODEL, SCHEMA)
+    config = replace(TRAIN, epochs=2, save_every_s=1e9)
+    training = _Run(config, network, learnable(50, 0), learnable(20, 1), tmp_path, _quiet)
+    training.one_pass(0)
+    kept = training.best
+    assert all(torch.equal(kept[name], tensor) and kept[name].data_ptr() != tensor.data_ptr() for name, tensor in network.state_dict().items())
+    memory = {name: tensor.data_ptr() for name, tensor in kept.items()}
+    training.best_value = -1.0
+    training.done = 0.75
+    training._validate()
+    assert {name: tensor.data_ptr() for name, tensor in training.best.items()} == memory
+    training.best_value = -1.0
+    training.one_pass(1)
+    assert training.over
+    assert not training.best  # the network itself
 
 
 def test_a_half_written_state_does_no_harm_and_is_cleared(tmp_path: Path) -> None:
