@@ -52,13 +52,13 @@ def _keys(k_tiles, v_tiles, first_key, table, head, n, BLOCK: tl.constexpr, WIDT
 @triton.jit
 def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, k_tiles, v_tiles, tiles_ptr, limit_ptr, table_ptr,
-    q_stride, kv_stride, out_stride, split_stride, table_stride, alpha, scale,
+    q_stride, kv_stride, out_stride, split_stride, table_stride, heads, alpha, scale,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    tile = tiles_ptr + tl.program_id(1) * COLUMNS
-    split = tl.program_id(2)
+    head = tl.program_id(0) % heads
+    tile = tiles_ptr + tl.program_id(0) // heads * COLUMNS
+    split = tl.program_id(1)
     row, rows, first_key, low = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     high, own_row, request = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
     if rows == 0:
@@ -147,9 +147,10 @@ def forward(
     out = torch.empty((splits, len(q), heads * width), dtype=torch.float32 if splits > 1 else out_type, device=q.device)
     interpreted = not q.is_cuda
     if len(tiles):
-        _forward[(heads, len(tiles), splits)](
+        # Heads of a tile side by side, all along the grid's first axis: the others end at 65,535.
+        _forward[(heads * len(tiles), splits)](
             q, k, v, out, _rows(k_rows, block_n, width), _rows(v_rows, block_n, width), tiles, limit, blocks,
-            q.stride(0), k.stride(0), out.stride(1), out.stride(0), blocks_stride, alpha, scale,
+            q.stride(0), k.stride(0), out.stride(1), out.stride(0), blocks_stride, heads, alpha, scale,
             WIDTH=width, BLOCK_M=how.block_m, BLOCK_N=block_n, SPLITS=splits, PAGE=page,
             FAST=q.dtype != torch.float32 and not interpreted, PRECISION="tf32" if tf32 else "ieee", STAGES=how.stages, COLUMNS=COLUMNS,
             num_warps=how.warps,

@@ -30,12 +30,12 @@ def _slope(x, FAST: tl.constexpr):
 @triton.jit
 def _queries(
     q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr, k_tiles, v_tiles, tiles_ptr, limit_ptr,
-    q_stride, kv_stride, grad_stride, out_stride, alpha, scale,
+    q_stride, kv_stride, grad_stride, out_stride, heads, alpha, scale,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    tile = tiles_ptr + tl.program_id(1) * COLUMNS
+    head = tl.program_id(0) % heads
+    tile = tiles_ptr + tl.program_id(0) // heads * COLUMNS
     row, rows, first_key = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     high, own_row = tl.load(tile + 4), tl.load(tile + 5)
     if rows == 0:
@@ -70,12 +70,12 @@ def _queries(
 
 @triton.jit
 def _keys(
-    k_ptr, v_ptr, dk_ptr, dv_ptr, q_tiles, grad_tiles, tiles_ptr, limit_ptr, stride, out_stride, alpha, scale,
+    k_ptr, v_ptr, dk_ptr, dv_ptr, q_tiles, grad_tiles, tiles_ptr, limit_ptr, stride, out_stride, heads, alpha, scale,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    tile = tiles_ptr + tl.program_id(1) * COLUMNS
+    head = tl.program_id(0) % heads
+    tile = tiles_ptr + tl.program_id(0) // heads * COLUMNS
     row, rows, first, query, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 5)
     if rows == 0:
         return
@@ -122,13 +122,13 @@ def backward(
     inner, stages, warps = (16 if smallest else 32 if wide else 64), (2 if wide else 3), (8 if block_m > 64 else 4)
     common = {"WIDTH": width, "FAST": fast, "PRECISION": precision, "STAGES": stages, "COLUMNS": COLUMNS}
     if len(tiles):
-        _queries[(heads, len(tiles))](
+        _queries[(heads * len(tiles),)](
             q, k, v, grad, dq, dk, dv, _rows(k, inner, width), _rows(v, inner, width), tiles, limit,
-            q.stride(0), k.stride(0), grad.stride(0), out.stride(0), alpha, scale, BLOCK_M=block_m, BLOCK_N=inner, num_warps=warps, **common,
+            q.stride(0), k.stride(0), grad.stride(0), out.stride(0), heads, alpha, scale, BLOCK_M=block_m, BLOCK_N=inner, num_warps=warps, **common,
         )  # fmt: skip
     if len(key_tiles):
-        _keys[(heads, len(key_tiles))](
+        _keys[(heads * len(key_tiles),)](
             k, v, dk, dv, _rows(q, inner, width), _rows(grad, inner, width), key_tiles, limit, k.stride(0), out.stride(0),
-            alpha, scale, BLOCK_M=inner, BLOCK_N=block_n, num_warps=8 if block_n > 64 else 4, **common,
+            heads, alpha, scale, BLOCK_M=inner, BLOCK_N=block_n, num_warps=8 if block_n > 64 else 4, **common,
         )  # fmt: skip
     return out

@@ -39,7 +39,7 @@ def _norm(
         else:
             scale = tl.maximum(tl.max(tl.abs(y)), 1e-12) / LARGEST
         tl.store(scale_ptr + row, scale)
-        y = tl.clamp(y / scale, -LARGEST, LARGEST)
+        y = tl.clamp(y * (1.0 / scale), -LARGEST, LARGEST)  # one division a row
     tl.store(out_ptr + row * WIDTH + d, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -3,7 +3,7 @@
     python reports/h200-kernels/measure.py OUT [section ...]
 
 Sections: ceilings, attention, memory, stack, profile, layers, engine, fuzz. All compared figures come from one run; times are medians over CUDA events of
-captured graphs (stack) or of repeated launches (the rest), on random data. `report.py` beside this turns results.json into report.md.
+captured graphs (attention, stack, layers) or of repeated launches (ceilings, memory, the eager rows), on random data. `report.py` beside this turns results.json into report.md.
 """
 
 from __future__ import annotations
@@ -91,20 +91,23 @@ def attention_rows() -> list[dict[str, Any]]:
             history, offered, limit = _mask(batch, length, share)
             useful = (int(limit.sum()) + batch * CANDIDATES) * heads * width / 1e9
             best = min(
-                (timed(_launch(q, k, v, history, offered, limit, block, splits)), block, splits)
+                (_graph_ms(_captured(_launch(q, k, v, history, offered, limit, block, splits)), 0.1), block, splits)
                 for block in (64, 128) for splits in ((1, 2) if batch == 1 else (1,))
             )  # fmt: skip
             row = {"batch": batch, "mix": mix, "forward_ms": best[0], "block": best[1], "splits": best[2], "forward_tflops": 4 * useful / best[0]}
             tiles, keys = _up(query_tiles(history, offered, limit, 64)), _up(key_tiles(history, offered, limit, KEY_BLOCK))
             grad, reach = torch.randn_like(q), _up(limit)
-            ms = timed(
-                lambda: attention_backward.backward(
-                    grad, q, k, v, tiles, keys, reach, heads=heads, block_m=64, block_n=KEY_BLOCK, alpha=0.125, scale=1 / length
-                )
+            ms = _graph_ms(
+                _captured(
+                    lambda: attention_backward.backward(
+                        grad, q, k, v, tiles, keys, reach, heads=heads, block_m=64, block_n=KEY_BLOCK, alpha=0.125, scale=1 / length
+                    )
+                ),
+                0.1,
             )
             rows.append(row | {"backward_ms": ms, "backward_tflops": 10 * useful / ms})
         shaped = [x.reshape(batch, length, heads, width).transpose(1, 2) for x in (q, k, v)]
-        ms = timed(lambda: functional.scaled_dot_product_attention(*shaped, is_causal=True))
+        ms = _graph_ms(_captured(lambda: functional.scaled_dot_product_attention(*shaped, is_causal=True)), 0.1)
         pairs = batch * length * (length + 1) // 2
         rows.append({"batch": batch, "mix": "SDPA, causal softmax", "forward_ms": ms, "forward_tflops": 4 * pairs * heads * width / 1e9 / ms})
     return rows
@@ -371,10 +374,10 @@ def engine() -> list[dict[str, Any]]:
             session = BACKEND.load(out, {"engine.steps": 2, "serve.max_batch_tokens": 65_536, "serve.max_wait_ms": 0.0})
             loaded = time.perf_counter() - began
             try:
-                load.warm_up(session, requests, 64, 1.0, print)
-                alone, full = (load.closed_loop(session, requests, concurrency, 3.0) for concurrency in (1, 96))
+                load.warm_up(session, requests, 96, 1.0, print)
+                alone, full = (load.closed_loop(session, requests, concurrency, 2.0) for concurrency in (1, 96))
                 rate = 0.8 * full.rate_rps
-                arrivals = np.cumsum(np.random.default_rng(3).exponential(1 / rate, int(6 * rate)))
+                arrivals = np.cumsum(np.random.default_rng(3).exponential(1 / rate, int(4 * rate)))
                 sent = [replace(requests[i % len(requests)], arrival_s=float(at)) for i, at in enumerate(arrivals)]
                 window = load.open_loop(session, sent)
                 row = {"precision": precision, "residual": residual, "load_s": loaded, "peak_rps": full.rate_rps, "rate_rps": rate}

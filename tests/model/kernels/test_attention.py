@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from model.kernels import attention, attention_backward, reference
-from model.kernels.tiles import HEAD_WIDTHS, LOW, OWN_ROW, ROW, key_tiles
-from tests.model.kernels.cases import DTYPES, TOLERANCE, Case, distance, on_device, random_case
+from model.kernels.tiles import COLUMNS, HEAD_WIDTHS, LOW, OWN_ROW, ROW, key_tiles
+from tests.model.kernels.cases import DEVICE, DTYPES, TOLERANCE, Case, distance, on_device, random_case
 
 SCALE = 1 / 64
 
@@ -67,6 +67,14 @@ def test_a_request_without_tokens_among_others() -> None:
     gap = replace(case, history=np.insert(case.history, 1, 0), candidates=np.insert(case.candidates, 1, 0))
     assert distance(run(gap), oracle(case)) < TOLERANCE[torch.float32]
     assert torch.equal(oracle(gap), oracle(case))
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="Triton's interpreter takes minutes for so many programs")
+def test_more_tiles_than_a_second_axis_of_a_grid_holds() -> None:
+    # A ladder's room for many small requests is mostly tiles without rows.
+    case = random_case(np.random.default_rng(3), torch.bfloat16)
+    tiles = torch.cat([torch.zeros(70_000, COLUMNS, dtype=torch.int32, device=DEVICE), case.tiles()])
+    assert distance(run(case, tiles=tiles), oracle(case)) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("width", HEAD_WIDTHS)
