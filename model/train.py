@@ -92,6 +92,11 @@ class TrainConfig:
     save_every_s: float = 30.0
     """Seconds between resumable states, or more where they are so large that saving would take over a tenth of the time; 0 is after every step."""
 
+    @property
+    def where(self) -> torch.device:
+        """What `device` means on this machine."""
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_tokens", "bucket", "validations"):
             if getattr(self, name) < 1:
@@ -162,9 +167,8 @@ def fit(
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
     torch.manual_seed(config.seed)
-    with device:  # made where it is needed: a CPU takes a minute to draw tables of billions of numbers
+    with config.where:  # made where it is needed: a CPU takes a minute to draw tables of billions of numbers
         network = MTGR(model, schema)
     run = _Run(config, network, samples, validation, state, progress)
     for epoch in range(run.epoch, config.epochs):

@@ -80,7 +80,7 @@ def compare(spec: Spec, folder: Path) -> dict[str, Any]:
     samples = list(dataset.samples("test"))
     progress(0.0, f"scoring the test events with {name}")
     trained = Path(spec["checkpoint"])
-    scores = score(checkpoint.load(trained), samples, 4 * config.batch_tokens)
+    scores = score(checkpoint.load(trained).to(config.where), samples, 4 * config.batch_tokens)
     told = checkpoint.read_extra(trained).get("metrics", {})  # a checkpoint from elsewhere may have none
     facts = {fact: told[fact] for fact in ("train_seconds", "epochs", "parameters") if fact in told}
     own = table_row(name, samples, scores, dataset.schema.heads, **facts)
