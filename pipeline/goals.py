@@ -19,13 +19,14 @@ PLAIN_METRICS = (
     *(f"throughput_rps/{kind}" for kind in ("achieved", "peak")),
     *(f"time_s/{stage}" for stage in ("build", "load", "first_score")),
     "memory_mib/peak",
+    "gpu_memory_mib/held",
     "score_diff/max",
     "topk_agreement/10",
 )
 HEAD_METRICS = ("auc", "gauc", "ne", "logloss", "auc_loss_upper", "gauc_loss_upper")
 """Each exists once a trained head: auc/recommendation, ..."""
 HIGHER_IS_BETTER = ("throughput_rps", "auc", "gauc", "topk_agreement")
-POSITIVE = ("latency_ms", "throughput_rps", "time_s", "memory_mib", "auc", "gauc", "ne", "logloss")
+POSITIVE = ("latency_ms", "throughput_rps", "time_s", "memory_mib", "gpu_memory_mib", "auc", "gauc", "ne", "logloss")
 """Always above zero, so that ratios mean something: what objectives and relative limits need."""
 
 

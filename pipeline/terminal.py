@@ -29,7 +29,7 @@ PLAIN_EVERY_S = 20.0
 MARKS = {"waiting": "[dim]·[/]", "running": "[cyan]▸[/]", "done": "[green]✓[/]", "failed": "[red]✗[/]"}
 NOTICES = ("waiting for another study", "ended by SIG")
 """Beginnings of the launcher's own lines, which are for the person; what children print else is in their log.txt."""
-SHOWN = ("latency_ms/p50", "latency_ms/p95", "latency_ms/p99", "throughput_rps/peak", "memory_mib/peak")
+SHOWN = ("latency_ms/p50", "latency_ms/p95", "latency_ms/p99", "throughput_rps/peak", "memory_mib/peak", "gpu_memory_mib/held")
 ACCURACY = ("auc/", "gauc/", "auc_loss_upper/", "gauc_loss_upper/")
 """Rows of the result table, beside the objective."""
 

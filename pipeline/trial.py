@@ -156,6 +156,7 @@ class _Trial:
         engine = self._built(key)
         self._phase(0.2, "load")
         _reset_peak_memory()
+        others_mib = _gpu_memory_mib()
         began = time.perf_counter()
         session = backend.load(engine, stage(self.order.settings, LOAD_STAGES))
         self.metrics["time_s/load"] = time.perf_counter() - began
@@ -164,6 +165,8 @@ class _Trial:
                 raise SettingsError(f"{backend.name} does not run as asked: {'; '.join(wrong)}")
             self._check(session, key, began)
             self._measure(session)
+            if (held := _gpu_memory_mib() - others_mib) > 0:  # nothing where there is no GPU, or the engine uses none
+                self.metrics["gpu_memory_mib/held"] = held
         finally:
             self._phase(0.95, "close")
             session.close()
@@ -275,6 +278,13 @@ def _reset_peak_memory() -> None:
     """Start the kernel's high-water mark again; where it cannot be, the mark since the process began stands."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def _gpu_memory_mib() -> float:
+    """Taken on all GPUs, by NVML: engines keep what they once took, so at the end of a trial it is the most they had."""
+    from pipeline import gpu
+
+    return sum(device.memory_used_mib for device in gpu.read())
 
 
 def _peak_memory_mib() -> float:

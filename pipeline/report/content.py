@@ -22,6 +22,7 @@ COMPARED = (
     *(f"latency_ms/{name}" for name in ("p50", "p90", "p95", "p99", "max")),
     "throughput_rps/peak",
     "memory_mib/peak",
+    "gpu_memory_mib/held",
     "time_s/load",
     "time_s/build",
 )
@@ -335,7 +336,9 @@ def _who(study: StudyFolder, trial: TrialRecord) -> tuple[str, str, str]:
 def _number(metric: str, value: float) -> str:
     if not math.isfinite(value):
         return ""
-    unit = {"latency_ms": " ms", "throughput_rps": " / s", "memory_mib": " MiB", "time_s": " s"}.get(metric.partition("/")[0], "")
+    unit = {"latency_ms": " ms", "throughput_rps": " / s", "memory_mib": " MiB", "gpu_memory_mib": " MiB", "time_s": " s"}.get(
+        metric.partition("/")[0], ""
+    )
     digits = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if unit != " ms" else f"{value:.2f}"
     return f"{digits}{unit}"
 

@@ -110,6 +110,17 @@ def test_an_engine_that_ignores_a_knob_is_infeasible(root: Path, monkeypatch: py
     assert found.reason == "fake does not run as asked: engine.threads was asked to be 2 and is 1"
 
 
+def test_what_an_engine_holds_on_the_gpus_is_what_came_since_it_was_loaded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([100.0, 340.0])
+    monkeypatch.setattr(trial, "_gpu_memory_mib", lambda: next(used))
+    monkeypatch.setenv(MARKER, "in this process")
+    folder = make_trial(root, name="0009")
+    assert trial.main([str(folder)]) == 0
+    found = read_trial(folder).measurement
+    assert found is not None
+    assert found.metrics["gpu_memory_mib/held"] == 240.0
+
+
 def test_a_bug_of_ours_is_failed_with_its_traceback_in_the_log(root: Path) -> None:
     folder = make_trial(root, {"engine.fault": "bug"}, name="0006")
     found = launcher(root).trial(folder)
