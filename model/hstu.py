@@ -29,6 +29,17 @@ class GroupLayerNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(rows, width))
         self.beta = nn.Parameter(torch.zeros(rows, width))
 
+    def by_kernel(self, x: Tensor, kind: Tensor, gate: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """The norm of x, or of x * factor * gate, in the type that the next product takes; `kind` is int32."""
+        from model.kernels import ops  # needs Triton, which only machines with a GPU have
+
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        gamma, beta = (pair.float().expand(len(KINDS), -1).contiguous() for pair in (self.gamma, self.beta))
+        if gate is None:
+            return ops.group_norm(x, kind, gamma, beta, self.eps, dtype, None)[0]
+        return ops.gated_norm(x, gate, factor, kind, gamma, beta, self.eps, dtype, None)[0]
+
     def forward(self, x: Tensor, kind: Tensor) -> Tensor:
         """[n, width] float32 rows of the given kinds [n] -> float32."""
         unit = functional.layer_norm(x, (self.width,), eps=self.eps)
@@ -117,12 +128,27 @@ class HstuBlock(nn.Module):
 
     def forward(self, x: Tensor, kind: Tensor, layout: Layout | JaggedLayout, last: bool) -> Tensor:
         """[T, width] float32 -> the same, or the candidates' [C, width] in the last layer."""
+        if isinstance(layout, JaggedLayout):
+            return self._by_kernels(x, kind, layout, last)
         if last:
             return self._last(x, kind, layout)
         u, qkv = functional.silu(project(self.uqkv, self.norm1(x, kind))).split([self.width, 3 * self.width], dim=-1)
         return self._gate(x, u, self.attention(qkv, layout), kind)
 
-    def _last(self, x: Tensor, kind: Tensor, layout: Layout | JaggedLayout) -> Tensor:
+    def _by_kernels(self, x: Tensor, kind: Tensor, layout: JaggedLayout, last: bool) -> Tensor:
+        """The same with norms, gate and attention by the kernels: what lies between two products is read and written once."""
+        normed = self.norm1.by_kernel(x, kind)
+        if last:
+            rows = layout.candidate_rows
+            x, kind = x.index_select(0, rows), kind.index_select(0, rows)
+            u, q = functional.silu(self.uq(normed.index_select(0, rows))).split(self.width, dim=-1)
+            attended = self.attention.last(q, functional.silu(self.kv(normed)), layout)
+        else:
+            u, qkv = functional.silu(self.uqkv(normed)).split([self.width, 3 * self.width], dim=-1)
+            attended = self.attention(qkv, layout)
+        return x + self.merge(self.norm2.by_kernel(attended, kind, u, self.inverse_n)).float()
+
+    def _last(self, x: Tensor, kind: Tensor, layout: Layout) -> Tensor:
         normed = self.norm1(x, kind)
         rows = layout.candidate_rows
         u, q = functional.silu(project(self.uq, functional.embedding(rows, normed))).split(self.width, dim=-1)

@@ -1,4 +1,4 @@
-"""The kernels as operators of torch: they can be exported, compiled around and captured, and attention can be differentiated.
+"""The kernels as operators of torch: they can be exported, compiled around and captured; attention and norms can be differentiated.
 
 The namespace is `mtgr`. Importing this module registers them; that needs Triton, so only code that runs on a GPU imports it.
 """
@@ -12,6 +12,7 @@ from model.kernels import attention as _attention
 from model.kernels import attention_backward as _backward
 from model.kernels import linear as _linear
 from model.kernels import norms as _norms
+from model.kernels import norms_backward as _norms_backward
 from model.kernels.tiles import KEY_BLOCK
 
 
@@ -121,3 +122,43 @@ def _(
     x: Tensor, gate: Tensor, factor: float, kind: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype, given: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return _norm_shapes(x, dtype)
+
+
+@torch.library.custom_op("mtgr::norm_backward", mutates_args=())
+def norm_backward(
+    grad: Tensor, x: Tensor, gate: Tensor | None, factor: float, kind: Tensor, gamma: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`model.kernels.norms_backward.backward`."""
+    return _norms_backward.backward(grad, x, gate, factor, kind, gamma, eps)
+
+
+@norm_backward.register_fake
+def _(grad: Tensor, x: Tensor, gate: Tensor | None, factor: float, kind: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    dgate = x.new_empty(0, x.shape[1]) if gate is None else gate.new_empty(gate.shape)
+    return x.new_empty(x.shape), dgate, gamma.new_empty(2, *gamma.shape)
+
+
+def _keep_norm(ctx, inputs, output):
+    x, kind, gamma, _, ctx.eps, *_ = inputs
+    ctx.save_for_backward(x, kind, gamma)
+
+
+def _norm_gradient(ctx, grad, _):
+    x, kind, gamma = ctx.saved_tensors
+    dx, _, pair = norm_backward(grad, x, None, 1.0, kind, gamma, ctx.eps)
+    return dx, None, pair[0], pair[1], None, None, None
+
+
+def _keep_gated(ctx, inputs, output):
+    x, gate, ctx.factor, kind, gamma, _, ctx.eps, *_ = inputs
+    ctx.save_for_backward(x, gate, kind, gamma)
+
+
+def _gated_gradient(ctx, grad, _):
+    x, gate, kind, gamma = ctx.saved_tensors
+    dx, dgate, pair = norm_backward(grad, x, gate, ctx.factor, kind, gamma, ctx.eps)
+    return dx, dgate, None, None, pair[0], pair[1], None, None, None
+
+
+group_norm.register_autograd(_norm_gradient, setup_context=_keep_norm)
+gated_norm.register_autograd(_gated_gradient, setup_context=_keep_gated)

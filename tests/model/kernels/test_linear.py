@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from model.kernels import linear, norms
+from model.kernels import linear, norms, ops
 from model.kernels.linear import FP8
 from tests.model.kernels.cases import DEVICE, DTYPES, TOLERANCE, distance
 
@@ -98,3 +98,33 @@ def test_bad_input_is_refused_before_a_launch() -> None:
         linear.linear_add(x, weight, bias, None, None, rest.double())
     with pytest.raises(ValueError, match="kind is"):
         norms.group_norm(rest, torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.ones(4, 64), torch.ones(4, 64), 1e-6, torch.float32)
+
+
+@pytest.mark.parametrize("width", [48, 192])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_the_norms(width: int, gated: bool) -> None:
+    torch.manual_seed(width)
+    rows = 2100  # more than there are programs: some walk over several rows
+    x, gate = torch.randn(rows, width, device=DEVICE), torch.randn(rows, 3 * width, device=DEVICE)[:, width : 2 * width]
+    kind = torch.randint(0, 3, (rows,), dtype=torch.int32, device=DEVICE)  # the fourth kind has no row
+    pair, upstream = torch.randn(2, 4, width, device=DEVICE), torch.randn(rows, width, device=DEVICE)
+    found, wanted = ([t.clone().to(dtype).requires_grad_() for t in (x, gate, pair[0], pair[1])] for dtype in (torch.float32, torch.float64))
+
+    def oracle(x: torch.Tensor, gate: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+        value = x * 0.25 * gate if gated else x
+        return functional.layer_norm(value, (width,), eps=1e-6) * gamma[kind.long()] + beta[kind.long()]
+
+    (oracle(*wanted) * upstream.double()).sum().backward()
+    if gated:
+        got, _ = ops.gated_norm(found[0], found[1], 0.25, kind, found[2], found[3], 1e-6, torch.float32, None)
+    else:
+        got, _ = ops.group_norm(found[0], kind, found[2], found[3], 1e-6, torch.float32, None)
+    (got * upstream).sum().backward()
+    for name, own, exact in zip(("x", "gate", "gamma", "beta"), found, wanted, strict=True):
+        if name == "gate" and not gated:
+            assert own.grad is None
+            continue
+        assert own.grad is not None
+        assert exact.grad is not None
+        assert distance(own.grad, exact.grad) < 1e-5, name
+        assert torch.isfinite(own.grad).all()
