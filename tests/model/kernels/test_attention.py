@@ -29,29 +29,41 @@ def run(case: Case, splits: int = 1, tiles: torch.Tensor | None = None, limit: t
     )
 
 
-def last_layer(case: Case, page: int, rng: np.random.Generator, splits: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """(got, wanted) rows of the candidates, their histories in shuffled pages whose unused places hold NaN."""
-    q, k, v = case.parts
-    starts = case.starts
-    rows = np.concatenate([np.arange(s + h, s + h + c) for s, h, c in zip(starts, case.history, case.candidates, strict=True)])
+def pages_of(case: Case, page: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the histories in shuffled pages whose unused places hold NaN, and the block table."""
+    _, k, v = case.parts
     pages = -(-case.history // page)
     table = np.zeros((len(pages), max(1, int(pages.max()))), np.int32)
     free = iter(rng.permutation(int(pages.sum()) + 3).tolist())
-    cache = torch.full((int(pages.sum()) + 3, 2, page, case.heads, case.width), float("nan"), dtype=q.dtype, device=q.device)
-    for request, (start, past) in enumerate(zip(starts.tolist(), case.history.tolist(), strict=True)):
+    cache = torch.full((int(pages.sum()) + 3, 2, page, case.heads, case.width), float("nan"), dtype=k.dtype, device=k.device)
+    for request, (start, past) in enumerate(zip(case.starts.tolist(), case.history.tolist(), strict=True)):
         for number in range(int(pages[request])):
             block = table[request, number] = next(free)
             own = slice(start + number * page, start + min(past, (number + 1) * page))
             for half, x in enumerate((k, v)):
                 cache[block, half, : own.stop - own.start] = x[own].view(-1, case.heads, case.width)
+    return cache, on_device(table)
+
+
+def paged_kernel(
+    case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor, limit: torch.Tensor, cache: torch.Tensor, table: torch.Tensor,
+    splits: int = 1,
+) -> torch.Tensor:  # fmt: skip
+    return attention.forward(
+        q, k, v, tiles, limit, heads=case.heads, block_m=case.block, alpha=case.alpha, scale=SCALE, cache=cache, table=table, splits=splits,
+        out_dtype=torch.float32,
+    )  # fmt: skip
+
+
+def last_layer(case: Case, page: int, rng: np.random.Generator, splits: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """(got, wanted) rows of the candidates, their histories in pages."""
+    rows = np.concatenate([np.arange(s + h, s + h + c) for s, h, c in zip(case.starts, case.history, case.candidates, strict=True)])
+    cache, table = pages_of(case, page, rng)
     tiles = case.tiles(last=True)
     tiles[:, OWN_ROW] = tiles[:, ROW]  # keys and values of the candidates alone
     own_rows = on_device(rows)
-    got = attention.forward(
-        *(x[own_rows].contiguous() for x in (q, k, v)), tiles, on_device(case.limit[rows]), heads=case.heads, block_m=case.block,
-        alpha=case.alpha, scale=SCALE, cache=cache, table=on_device(table), splits=splits, out_dtype=torch.float32,
-    )  # fmt: skip
-    return got, oracle(case)[own_rows]
+    q, k, v = (x[own_rows].contiguous() for x in case.parts)
+    return paged_kernel(case, q, k, v, tiles, on_device(case.limit[rows]), cache, table, splits), oracle(case)[own_rows]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
