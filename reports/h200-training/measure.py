@@ -338,7 +338,7 @@ def learn() -> Iterator[Row]:
         "seconds": seconds,
         "steps": watched.steps,
         "tokens_a_step": scale.learn_tokens,
-        "passes": figures["epochs"],
+        "passes": watched.tokens / sum(s.request.tokens for s in samples),
         "parameters": figures["parameters"],
         "tokens_per_s": watched.tokens / seconds,
         "host_waits_for_packing": watched.host_s / seconds,

@@ -26,7 +26,7 @@ Ints = NDArray[np.int64]
 
 def popular(rng: np.random.Generator, shape: tuple[int, ...], rows: int) -> Ints:
     """Ids in [1, rows): row 0 means unknown."""
-    rank = np.exp(rng.random(shape) * np.log(rows - 1)).astype(np.int64)
+    rank = np.exp(rng.random(shape) * np.log(rows)).astype(np.int64)
     return 1 + rank * SPREAD % (rows - 1)
 
 
