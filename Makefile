@@ -1,10 +1,11 @@
 # Every target works from a clean clone: it makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 SANITIZED := tests/model/kernels/test_attention.py tests/model/kernels/test_linear.py tests/model/kernels/test_fused.py
 
-.PHONY: tune test test-slow test-gpu sanitize lint ui clean
+.PHONY: tune test test-slow test-gpu test-vllm vllm-env sanitize lint ui clean
 
 tune: $(VENV)/.ready
 	$(BIN)/python -m pipeline tune $(ARGS)
@@ -20,6 +21,21 @@ test-slow: $(VENV)/.ready
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	$(BIN)/python -m pytest tests/model/kernels tests/pipeline/backends/test_fused.py $(ARGS)
+
+# vLLM pins versions of its own, so it has an interpreter of its own, which the search finds. For CPUs; on a GPU: pip install .[gpu].
+vllm-env: $(VLLM_VENV)/.ready
+
+test-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest tests/pipeline/backends/vllm $(ARGS)
+
+$(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q -c constraints-vllm.txt torch
+	$(VLLM_VENV)/bin/python -m pip install -q -r constraints-vllm.txt
+	# Built for other versions of torch, not needed, and in the way of transformers' imports.
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .
+	touch $@
 
 # Bad accesses and races in our kernels, over the shapes of their tests; needs a CUDA device and CUDA's compute-sanitizer.
 sanitize: $(VENV)/.ready

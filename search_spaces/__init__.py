@@ -7,7 +7,7 @@ from importlib import import_module
 from pipeline.errors import UserError
 from search_spaces.space import Space
 
-ENGINES = ("eager", "compiled", "fused", "onnxruntime", "fake")
+ENGINES = ("eager", "compiled", "fused", "onnxruntime", "vllm", "fake")
 
 
 def of(backend: str, cores: int) -> Space:
