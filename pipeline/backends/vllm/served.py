@@ -1,0 +1,33 @@
+"""The folder that vLLM opens: our checkpoint's weights beside a config.json in the form vLLM reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from model.checkpoint import WEIGHTS, read_config, verify
+from pipeline.backends.vllm.payload import VOCABULARY
+from pipeline.backends.vllm.plugin import MODEL
+
+
+def write(checkpoint: Path, out: Path) -> None:
+    """Make `out`, a folder that may exist, from a checkpoint. Raises CheckpointError where that is not whole."""
+    verify(checkpoint)
+    config, schema = read_config(checkpoint)
+    fields = {
+        "architectures": [MODEL],
+        "model_type": "mtgr",
+        "mtgr_model": config.to_dict(),
+        "mtgr_schema": asdict(schema),
+        # What vLLM itself looks for.
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.max_seq_len,
+        "vocab_size": VOCABULARY,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(fields, indent=1))
+    shutil.copyfile(checkpoint / WEIGHTS, out / WEIGHTS)
