@@ -13,6 +13,7 @@ tune: $(VENV)/.ready
 test: lint
 	@echo "left out here, run with make test-slow or make test-gpu:"
 	@$(BIN)/python -m pytest -m "slow or gpu" --collect-only -q | grep "::" || true
+	@echo "and vLLM's, which need an interpreter of their own: make test-vllm"
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 $(ARGS)
 
 test-slow: $(VENV)/.ready

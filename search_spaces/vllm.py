@@ -15,8 +15,8 @@ def space(cores: int) -> Space:
         "engine.max_num_seqs": 64,
         "engine.max_num_batched_tokens": 8192,
         "engine.gpu_memory_utilization": 0.5,
-        "engine.prefix_caching": True,
-        "engine.hash_algo": "sha256",
+        "engine.enable_prefix_caching": True,
+        "engine.prefix_caching_hash_algo": "sha256",
         "engine.async_scheduling": False,
         "serve.queue_limit": SERVE_DEFAULTS["serve.queue_limit"],
     }
@@ -50,14 +50,21 @@ def space(cores: int) -> Space:
                 step=0.1,
                 why="what is left after the weights holds histories; over nine tenths leaves no room for a step's own tensors",
             ),
-            Choice(name="engine.prefix_caching", options=(True, False), why="worth what users return; without it nothing is hashed"),
+            Choice(name="engine.enable_prefix_caching", options=(True, False), why="worth what users return; without it nothing is hashed"),
             Choice(
-                name="engine.hash_algo",
+                name="engine.prefix_caching_hash_algo",
                 options=("sha256", "sha256_cbor", "xxhash", "xxhash_cbor"),
                 why="every full block of every request is hashed on the host: with short computing it is a large part of the time",
             ),
             Choice(name="engine.async_scheduling", options=(True, False), why="plans the next step while this one computes"),
         ),
         defaults=defaults,
-        presets=({"build.precision": "bf16", "engine.block_size": 128, "engine.hash_algo": "xxhash", "engine.max_num_batched_tokens": 32768},),
+        presets=(
+            {
+                "build.precision": "bf16",
+                "engine.block_size": 128,
+                "engine.prefix_caching_hash_algo": "xxhash",
+                "engine.max_num_batched_tokens": 32768,
+            },
+        ),
     )

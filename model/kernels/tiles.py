@@ -26,12 +26,22 @@ KEY_ROW, KEY_ROWS, FIRST, QUERY, HISTORY_END, END = range(6)
 """Of a key tile: first row, how many, the request's first row, the first history row that may see it, where the history and the request end."""
 
 
-def query_tiles(history: NDArray[np.integer], candidates: NDArray[np.integer], limit: NDArray[np.integer], block: int, *, last: bool = False) -> Ints:
+def query_tiles(
+    history: NDArray[np.integer],
+    candidates: NDArray[np.integer],
+    limit: NDArray[np.integer],
+    block: int,
+    *,
+    last: bool = False,
+    cached: NDArray[np.integer] | None = None,
+) -> Ints:
     """[n, COLUMNS] for requests of `history` [B] tokens followed by `candidates` [B], with `limit` [T] keys seen by each row.
 
     With `last` the queries are the candidates alone, packed together: rows count candidates, and own rows still count tokens. `limit` is [T]
-    in both cases. Raises ValueError for lengths that do not add up, or a row that would see more than its request's history: no kernel looks again.
+    in both cases. `cached` [B] tokens of each history come before its rows: they are keys in a cache's pages, which limits count, and no rows here.
+    Raises ValueError for lengths that do not add up, or a row that would see more than its request's history: no kernel looks again.
     """
+    keys = history if cached is None else history + cached
     start = np.concatenate([[0], np.cumsum(history + candidates)])
     if len(history) != len(candidates) or min(history.min(initial=0), candidates.min(initial=0)) < 0 or len(limit) != start[-1]:
         raise ValueError(
@@ -53,11 +63,11 @@ def query_tiles(history: NDArray[np.integer], candidates: NDArray[np.integer], l
     table[:, LOW], table[:, HIGH] = np.minimum.reduceat(limit, row), np.maximum.reduceat(limit, row)
     table[:, OWN_ROW] = np.where(segment % 2 == 1, row, -1)
     table[:, REQUEST] = segment // 2
-    if limit.min() < 0 or (table[:, HIGH] > history[segment // 2]).any():
-        worst = int(np.argmax(table[:, HIGH] - history[segment // 2]))
+    if limit.min() < 0 or (table[:, HIGH] > keys[segment // 2]).any():
+        worst = int(np.argmax(table[:, HIGH] - keys[segment // 2]))
         raise ValueError(
             f"a row sees from 0 keys to all of its request's history, got a limit of {limit.min()} at least, and of {table[worst, HIGH]} "
-            f"over a history of {history[segment[worst] // 2]}"
+            f"over a history of {keys[segment[worst] // 2]}"
         )
     table = table[np.argsort(-table[:, HIGH], kind="stable")]
     return candidate_tiles(table, history) if last else table

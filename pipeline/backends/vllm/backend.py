@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle
-from pipeline.backends.vllm import options, served
+from pipeline.backends.vllm import options
 from pipeline.backends.vllm.session import VllmSession
 from pipeline.contracts import Settings
 from pipeline.environment import own_interpreter
@@ -23,11 +23,13 @@ LOAD: Mapping[str, Knob] = {
     "engine.max_num_seqs": Knob(default=64, low=1, high=4096),
     "engine.max_num_batched_tokens": Knob(default=8192, low=16),
     "engine.gpu_memory_utilization": Knob(default=0.5, low=0.05, high=0.95),
-    "engine.prefix_caching": Knob(default=True, options=(True, False)),
-    "engine.hash_algo": Knob(default="sha256", options=("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")),
+    "engine.enable_prefix_caching": Knob(default=True, options=(True, False)),
+    "engine.prefix_caching_hash_algo": Knob(default="sha256", options=("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")),
     "engine.async_scheduling": Knob(default=False, options=(True, False)),
     "serve.queue_limit": SERVE["serve.queue_limit"],
 }
+FIXED: Settings = {"engine.enforce_eager": True}
+"""Shapes change with every step, and nothing of the network is traced."""
 GET_IT = "pip install .[gpu] on a machine with a GPU; `make vllm-env` makes an interpreter with vLLM for CPUs"
 
 
@@ -49,6 +51,7 @@ class Vllm:
         """The folder that vLLM opens, then engine.json. Raises SettingsError, or CheckpointError where the checkpoint is broken."""
         settled = settle(self.name, settings, BUILD)
         from model.checkpoint import read_config
+        from pipeline.backends.vllm import served
 
         served.write(checkpoint, out / SERVED)
         config, schema = read_config(checkpoint)
@@ -60,13 +63,8 @@ class Vllm:
         """Start vLLM's engine in a process of its own. Raises SettingsError with vLLM's words where it refuses."""
         settled = settle(self.name, settings, LOAD)
         built = engine.read(folder, self.name)
-        least = max(built.max_seq_len, int(settled["engine.max_num_seqs"]))
-        if int(settled["engine.max_num_batched_tokens"]) < least:
-            raise SettingsError(
-                f"engine.max_num_batched_tokens is at least the longest request and max_num_seqs, {least} here, because no request is split; "
-                f"got {settled['engine.max_num_batched_tokens']}"
-            )
-        arguments = options.engine_args(folder / SERVED, built.max_seq_len, {**built.settings, **settled})
+        known = {name: value for name, value in settled.items() if name.startswith("engine.")}
+        arguments = options.engine_args(folder / SERVED, {**built.settings, **known, **FIXED, "engine.max_model_len": built.max_seq_len})
         return VllmSession(arguments, schema=built.schema, max_seq_len=built.max_seq_len, queue_limit=int(settled["serve.queue_limit"]))
 
 

@@ -1,4 +1,4 @@
-"""Our settings as vLLM's engine arguments, and those that MTGR fixes."""
+"""Our settings as arguments of vLLM's engine (EngineArgs, AsyncEngineArgs or LLM), and what stays fixed with its reason."""
 
 from __future__ import annotations
 
@@ -6,38 +6,62 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import SettingsError
+
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+MIB = 2**20
+
+FIXED: dict[str, Any] = {
+    "runner": "pooling",  # scores are pooled from a request's rows; nothing is generated
+    "skip_tokenizer_init": True,  # prompts are token ids that only name tokens
+    "enable_chunked_prefill": False,  # a request's static tokens and candidates are computed in one step (see `step`)
+    "worker_cls": "pipeline.backends.vllm.inside.worker.MtgrWorker",  # brings the features
+    "attention_backend": "CUSTOM",
+}
 NAMES = {
     "engine.block_size": "block_size",
     "engine.max_num_seqs": "max_num_seqs",
     "engine.max_num_batched_tokens": "max_num_batched_tokens",
+    "engine.max_model_len": "max_model_len",
     "engine.gpu_memory_utilization": "gpu_memory_utilization",
-    "engine.prefix_caching": "enable_prefix_caching",
-    "engine.hash_algo": "prefix_caching_hash_algo",
+    "engine.enable_prefix_caching": "enable_prefix_caching",
+    "engine.prefix_caching_hash_algo": "prefix_caching_hash_algo",
     "engine.async_scheduling": "async_scheduling",
+    "engine.enforce_eager": "enforce_eager",
+    "engine.tensor_parallel_size": "tensor_parallel_size",
+    "engine.kv_cache_dtype": "kv_cache_dtype",
 }
-"""Setting -> vLLM's own name."""
+"""Settings vLLM knows by nearly the same name; `build.precision`, `engine.dtype` and `engine.kv_cache_memory_mib` are translated."""
 
 
-def engine_args(folder: Path, max_seq_len: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords of `vllm.EngineArgs` (and `vllm.LLM`) for a folder of `served`. What is not set keeps vLLM's default."""
+def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) -> dict[str, Any]:
+    """Arguments that open the `served` folder with `settings`; what they leave out is vLLM's default. Raises SettingsError."""
     from vllm.config import PoolerConfig
 
-    chosen = {theirs: settings[ours] for ours, theirs in NAMES.items() if ours in settings}
-    if "engine.kv_cache_mib" in settings:
-        chosen["kv_cache_memory_bytes"] = int(settings["engine.kv_cache_mib"]) * 2**20
-    return {
-        **chosen,
-        "model": str(folder),
-        "dtype": DTYPES[str(settings.get("build.precision", "fp32"))],
-        "runner": "pooling",
-        "pooler_config": PoolerConfig(task="plugin"),
-        "skip_tokenizer_init": True,
-        "max_model_len": max_seq_len,
-        # Static tokens see each other both ways, so they are computed together, and a request's candidates are scored together.
-        "enable_chunked_prefill": False,
-        "worker_cls": "pipeline.backends.vllm.worker.Worker",
-        # Shapes change with every step, and nothing of the network is traced.
-        "enforce_eager": True,
-        "disable_log_stats": True,
-    }
+    known = {*NAMES, "build.precision", "engine.dtype", "engine.kv_cache_memory_mib"}
+    args: dict[str, Any] = {"model": str(folder), "pooler_config": PoolerConfig(task="plugin"), **FIXED}
+    for name, value in settings.items():
+        if name.startswith("engine.") and name not in known:
+            raise SettingsError(f"{name} is no setting of vLLM's engine; there are {', '.join(sorted(known))}")
+        if name in NAMES:
+            args[NAMES[name]] = value
+    precision = str(settings.get("engine.dtype", settings.get("build.precision", "fp32")))
+    if precision not in DTYPES:
+        raise SettingsError(f"build.precision is one of {', '.join(DTYPES)} for vLLM, got {precision}")
+    args["dtype"] = DTYPES[precision]  # vLLM's own choice for pooling is fp16, which loses small scores
+    if mib := int(settings.get("engine.kv_cache_memory_mib", 0)):
+        args["kv_cache_memory_bytes"] = mib * MIB
+    _check(args)
+    return args
+
+
+def _check(args: Mapping[str, Any]) -> None:
+    longest, room = args.get("max_model_len"), args.get("max_num_batched_tokens")
+    if longest and room and room < longest:
+        raise SettingsError(
+            f"engine.max_num_batched_tokens must hold a whole request, engine.max_model_len: got {room} and {longest}; raise the former"
+        )
+    if (ranks := args.get("tensor_parallel_size", 1)) != 1:
+        raise SettingsError(f"engine.tensor_parallel_size is 1: the norm after attention needs whole rows, got {ranks}; run one engine a GPU")
+    if str(args.get("kv_cache_dtype", "auto")).startswith("fp8"):
+        raise SettingsError(f"engine.kv_cache_dtype is auto: attention applies no scales of fp8 pages, got {args['kv_cache_dtype']}")

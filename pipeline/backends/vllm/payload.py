@@ -3,7 +3,7 @@
 vLLM hashes token ids, block by block, to find what it has computed before; it never looks features up. So an id here is a digest of all that a
 token is made of (its kind and every column), and the features travel beside it, for tables of any size. Static tokens see each other both ways:
 the salt digests all of them, so that no K/V is found under another static part. Ids have 31 bits: two events of one user at one place, after the
-same prefix, would have to collide. Candidates are never hashed into the cache, and their ids are 0.
+same prefix, would have to collide. Candidates are never hashed into the cache, and their ids are 0, which is no event's.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def decode(payload: bytes) -> Parts:
 
 
 def _digest(kind: int, columns: NDArray[np.integer]) -> NDArray[np.int64]:
-    """[n] ids below VOCABULARY of [n, columns]. Multiply and fold: fast, and every bit of every column reaches every bit of the id."""
+    """[n] ids of [n, columns], above 0 and below VOCABULARY. Multiply and fold: fast, and every bit of every column reaches every bit of the id."""
     state = np.full(len(columns), kind, np.uint64)
     with np.errstate(over="ignore"):
         for column in columns.T:
@@ -126,4 +126,4 @@ def _digest(kind: int, columns: NDArray[np.integer]) -> NDArray[np.int64]:
             state ^= state >> np.uint64(29)
             state *= np.uint64(0xBF58476D1CE4E5B9)
             state ^= state >> np.uint64(32)
-    return (state % np.uint64(VOCABULARY)).astype(np.int64)
+    return (state % np.uint64(VOCABULARY - 1)).astype(np.int64) + 1

@@ -1,20 +1,38 @@
-"""Makes MTGR known to vLLM: entry point `mtgr` of `vllm.general_plugins`, loaded by vLLM in each of its processes, several times in some.
+"""vLLM's plugin: tells it, in each of its processes, that MTGR exists.
 
-A plugin that raises is only logged by vLLM, so whoever starts an engine calls `register` too, where it raises. Imports of vLLM stay inside.
+vLLM calls `register` in the front end, the engine core and every worker, through the entry point `vllm.general_plugins` of the installed package;
+sometimes more than once. Where the package is not installed but lies on PYTHONPATH, the front end calls it by itself, and importing `inside` does
+so in the other processes. vLLM only logs a plugin that raises: `check` tells whether it has worked.
 """
 
 from __future__ import annotations
 
+INSIDE = "pipeline.backends.vllm.inside"
+MODEL = "MtgrForRanking"
+
 
 def register() -> None:
-    """The configuration's class, the model and the cache of histories. May be called again."""
+    """Make config, model, attention and KV cache known in this process. Harmless when repeated."""
     from transformers import AutoConfig
-    from vllm import ModelRegistry
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from pipeline.backends.vllm.cache import register_cache
-    from pipeline.backends.vllm.hf import ARCHITECTURE, MODEL_TYPE, MTGRConfig
+    from pipeline.backends.vllm.inside.cache import HistoryManager, HistorySpec
+    from pipeline.backends.vllm.inside.config import MtgrConfig
 
-    AutoConfig.register(MODEL_TYPE, MTGRConfig, exist_ok=True)
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, "pipeline.backends.vllm.network:MTGRForRanking")
-    register_cache()
+    AutoConfig.register(MtgrConfig.model_type, MtgrConfig, exist_ok=True)
+    ModelRegistry.register_model(MODEL, f"{INSIDE}.network:{MODEL}")  # by name: it imports torch's and vLLM's layers
+    register_backend(AttentionBackendEnum.CUSTOM, f"{INSIDE}.attention.HistoryBackend")
+    KVCacheSpecRegistry._ensure_registered()  # it fills an empty registry only: ours must not be its first
+    KVCacheSpecRegistry.register(HistorySpec, HistoryManager, uniform_type_base_spec=FullAttentionSpec)
+
+
+def check() -> str | None:
+    """Why vLLM does not know MTGR in this process, None where it does."""
+    from vllm.model_executor.models import ModelRegistry
+
+    if MODEL in ModelRegistry.get_supported_archs():
+        return None
+    return f"vLLM knows no {MODEL}; install this package where vLLM is, so that its entry point vllm.general_plugins is found, or see vLLM's log"

@@ -1,31 +1,36 @@
-"""From our checkpoint to the folder that vLLM opens: the same weights, and a config.json that names our classes."""
+"""The folder that vLLM opens: our checkpoint's weights beside a config.json in the form vLLM reads."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+
+from model.checkpoint import WEIGHTS, read_config, verify
+from pipeline.backends.vllm.payload import VOCABULARY
+from pipeline.backends.vllm.plugin import MODEL
 
 
 def write(checkpoint: Path, out: Path) -> None:
-    """`out` gets config.json and model.safetensors. The checkpoint is verified first. Raises CheckpointError where it is broken."""
-    from model.checkpoint import CONFIG, WEIGHTS, read_config, verify
-
+    """Make `out`, a folder that may exist, from a checkpoint. Raises CheckpointError where that is not whole."""
     verify(checkpoint)
-    read_config(checkpoint)
-    own = json.loads((checkpoint / CONFIG).read_text())
-    own.pop("extra", None)
-    model = own["model"]
-    described = {
-        "architectures": ["MTGRForRanking"],
+    config, schema = read_config(checkpoint)
+    fields = {
+        "architectures": [MODEL],
         "model_type": "mtgr",
-        "mtgr": own,
-        "hidden_size": model["d_model"],
-        "torch_dtype": "float32",
+        "mtgr_model": config.to_dict(),
+        "mtgr_schema": asdict(schema),
+        # What vLLM itself looks for.
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.max_seq_len,
+        "vocab_size": VOCABULARY,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / CONFIG).write_text(json.dumps(described, indent=1))
+    (out / "config.json").write_text(json.dumps(fields, indent=1))
     try:
         os.link(checkpoint / WEIGHTS, out / WEIGHTS)  # gigabytes of tables, and neither file is ever changed in place
     except OSError:

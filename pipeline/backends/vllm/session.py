@@ -22,6 +22,17 @@ from pipeline.contracts import FeatureSchema, RankingRequest, Scores, Settings
 from pipeline.errors import MachineError, Overloaded, SettingsError
 from pipeline.requests import validate
 
+READ = (
+    "engine.block_size",
+    "engine.max_num_seqs",
+    "engine.max_num_batched_tokens",
+    "engine.gpu_memory_utilization",
+    "engine.enable_prefix_caching",
+    "engine.prefix_caching_hash_algo",
+    "engine.async_scheduling",
+)
+"""Settings that a session tells, as the engine has them."""
+
 
 def start_engine(arguments: Mapping[str, Any]) -> Any:
     """vLLM's client, its engine started. Raises SettingsError with vLLM's own words where it refuses."""
@@ -166,7 +177,7 @@ class VllmSession:
 def effective(config: Any) -> Settings:
     """Our settings as vLLM's own configuration has them."""
     parts = (config.cache_config, config.scheduler_config)
-    found = {ours: next(getattr(part, theirs) for part in parts if hasattr(part, theirs)) for ours, theirs in NAMES.items()}
+    found = {ours: next(getattr(part, theirs) for part in parts if hasattr(part, theirs)) for ours, theirs in NAMES.items() if ours in READ}
     kind = str(config.model_config.dtype).removeprefix("torch.")
     return {**found, "build.precision": next(ours for ours, theirs in DTYPES.items() if theirs == kind)}
 

@@ -1,74 +1,128 @@
-"""One step of the engine, as the network reads it: features of the rows scheduled, and who sees how much. Needs torch and numpy, no vLLM.
+"""One step of the engine as flat arrays: the rows that are computed, what they are made of, and which keys each of them sees.
 
-A request's rows are the end of it: what was cached is its beginning, and it is never split (`options`), so all its candidates are here.
+vLLM's scheduler decides which requests a step computes and how many of their first tokens it finds in its cache. What it leaves are the last
+history tokens of each request, perhaps none, and all of its candidates: chunked prefill is off, because a candidate list cut in two would need its
+scores put together, and static tokens see each other both ways. The twin of `model.jagged`, whose requests are always whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.kernels.paged import PagedRequest
+from model.kernels.tiles import candidate_tiles, query_tiles
 from model.packing import CANDIDATE, REALTIME, STATIC, USER
 from pipeline.backends.vllm.payload import Parts
+
+Ints = NDArray[np.int32]
+
+BLOCK = 64
+"""Rows of a query tile."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """T rows of B requests; E events and C candidates among them."""
+    """B requests; T rows, C of them candidates, E events that make rows. Tensors are int32 but for cross, and lie on one device."""
 
-    requests: list[PagedRequest]
-    user_ids: Tensor  # [B, n_u], all of them: they are few, and rows pick what they need
+    history: list[int]  # B: tokens whose keys are in the pages once the step has written its own
+    rows: list[int]  # B: history tokens that are rows
+    candidates: list[int]  # B
+    user_ids: Tensor  # [B, n_u]
     event_ids: Tensor  # [E, event columns]
     candidate_ids: Tensor  # [C, candidate columns]
-    cross: Tensor  # [C, cross columns]
+    cross: Tensor  # [C, cross columns] float32
     token_source: Tensor  # [T] row of concat(user tokens [B * n_u], events [E], candidates [C])
     kind: Tensor  # [T]
-    limit: Tensor  # [T] keys of its history each row sees
+    limit: Tensor  # [T] history keys each row sees
+    tiles: Tensor  # [n, 8] as of `kernels.tiles`
+    candidate_rows: Tensor  # [C] rows of T
+    candidate_limit: Tensor  # [C]
+    candidate_tiles: Tensor  # [m, 8]
 
 
-def describe(parts: Sequence[Parts], starts: Sequence[int], computed: Sequence[int], *, dynamic: bool, device: torch.device) -> Step:
-    """`starts` [B + 1] are the requests' first rows and the end, `computed` [B] the tokens of each that are cached.
+def plan(parts: Sequence[Parts], computed: Sequence[int], scheduled: Sequence[int], device: torch.device, *, dynamic: bool = True) -> Step:
+    """The step that computes `scheduled` tokens of each request after the first `computed`. `dynamic` False makes the history causal.
 
-    Raises ValueError where a request is not here to its end: scores of a part of its candidates would be taken for all.
+    Raises RuntimeError for a step that leaves part of a request, or begins behind its history: its scores would be wrong.
     """
-    users, first_event = parts[0].lengths.user, len(parts) * parts[0].lengths.user
-    first_candidate = first_event + sum(max(0, p.lengths.history - max(c, users)) for p, c in zip(parts, computed, strict=True))
-    requests: list[PagedRequest] = []
-    events: list[NDArray[np.int32]] = []
-    columns: dict[str, list[NDArray[np.integer]]] = {"source": [], "kind": [], "limit": []}
-    for number, (part, row, stop, before) in enumerate(zip(parts, starts, starts[1:], computed, strict=False)):
-        sizes = part.lengths
-        if before + stop - row != sizes.total or before > sizes.history:
-            raise ValueError(f"a request of {sizes.total} tokens, {before} of them cached, comes whole or not at all, got {stop - row} rows")
-        position = np.arange(before, sizes.history)
-        static = sizes.user + sizes.static
-        own_events = position[position >= users] - users
-        source = np.where(position < users, number * users + position, 0)
-        source[position >= users] = first_event + np.arange(len(own_events))
-        first_event += len(own_events)
-        columns["source"] += [source, first_candidate + np.arange(sizes.candidates)]
-        first_candidate += sizes.candidates
-        columns["kind"] += [np.select([position < users, position < static], [USER, STATIC], REALTIME), np.full(sizes.candidates, CANDIDATE)]
-        columns["limit"] += [np.maximum(position + 1, static) if dynamic else position + 1, static + part.visible]
-        events.append(part.events[own_events])
-        requests.append(PagedRequest(row=row, history=len(position), candidates=sizes.candidates, keys=sizes.history))
+    lengths = [p.lengths for p in parts]
+    user, static, realtime, offered = np.array([n[:4] for n in lengths], np.int32).reshape(-1, 4).T
+    found, asked = np.array(computed, np.int32), np.array(scheduled, np.int32)
+    history, known = user + static + realtime, user + static
+    if (bad := (found > history) | (found + asked != history + offered)).any():
+        worst = int(np.argmax(bad))
+        raise RuntimeError(
+            f"a step computes a request to its end, and at most its history comes from the cache: got {asked[worst]} tokens after {found[worst]} of "
+            f"{lengths[worst]}; serve with chunked prefill off and histories alone in the cache, as pipeline.backends.vllm.options sets"
+        )
+    rows = history - found
+    start = _before(asked)
+    request = np.repeat(np.arange(len(parts), dtype=np.int32), asked)
+    row = np.arange(len(request), dtype=np.int32)
+    position = row - (start - found)[request]
+    candidate = position >= history[request]
+    kind = np.where(candidate, CANDIDATE, np.where(position < user[request], USER, np.where(position < known[request], STATIC, REALTIME)))
 
-    def up(arrays: Sequence[NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(device=device, dtype=dtype)
-
-    return Step(
-        requests=requests,
-        user_ids=up([part.user[None] for part in parts], torch.int64),
-        event_ids=up(events, torch.int64),
-        candidate_ids=up([part.candidates for part in parts], torch.int64),
-        cross=up([part.cross for part in parts], torch.float32),
-        token_source=up(columns["source"], torch.int64),
-        kind=up(columns["kind"], torch.int64),
-        limit=up(columns["limit"], torch.int32),
+    skipped = np.maximum(found - user, 0)
+    events = static + realtime - skipped
+    users = len(parts) * int(user[0]) if len(parts) else 0
+    source = np.where(
+        candidate,
+        (users + events.sum() + _before(offered) - history)[request] + position,
+        np.where(position < user[request], (_before(user))[request] + position, (users + _before(events) - user - skipped)[request] + position),
     )
+    visible = np.concatenate([p.visible for p in parts])
+    candidate_rows = np.flatnonzero(candidate).astype(np.int32)
+    candidate_limit = np.repeat(known, offered) + visible
+    limit = position + 1
+    if dynamic:
+        limit = np.maximum(limit, known[request])
+    limit[candidate_rows] = candidate_limit
+    limit = limit.astype(np.int32)
+    tiles = query_tiles(rows, offered, limit, BLOCK, cached=found)
+    arrays = {
+        "user_ids": np.stack([p.user for p in parts]),
+        "event_ids": np.concatenate([p.events[skip:] for p, skip in zip(parts, skipped.tolist(), strict=True)]),
+        "candidate_ids": np.concatenate([p.candidates for p in parts]),
+        "cross": np.concatenate([p.cross for p in parts]),
+        "token_source": source,
+        "kind": kind,
+        "limit": limit,
+        "tiles": tiles,
+        "candidate_rows": candidate_rows,
+        "candidate_limit": candidate_limit,
+        "candidate_tiles": candidate_tiles(tiles, rows),
+    }
+    assert set(arrays) | {"history", "rows", "candidates"} == {f.name for f in fields(Step)}
+    return Step(history=history.tolist(), rows=rows.tolist(), candidates=offered.tolist(), **_sent(arrays, device))
+
+
+def _sent(arrays: dict[str, NDArray[np.generic]], device: torch.device) -> dict[str, Tensor]:
+    """The arrays on `device`, in one copy: they are many and small, and each copy costs as much as its kernel launch.
+
+    Each begins at a multiple of 16 bytes, which kernels like.
+    """
+    whole = {name: array if array.dtype == np.float32 else array.astype(np.int32, copy=False) for name, array in arrays.items()}
+    room = {name: -(-array.size // 4) * 4 for name, array in whole.items()}
+    host = torch.empty(sum(room.values()), dtype=torch.int32, pin_memory=device.type == "cuda")
+    flat, at = host.numpy(), 0
+    for name, array in whole.items():
+        flat[at : at + array.size] = np.ascontiguousarray(array).reshape(-1).view(np.int32)
+        at += room[name]
+    there, at, sent = host.to(device, non_blocking=True), 0, {}
+    for name, array in whole.items():
+        part = there[at : at + array.size]
+        sent[name] = (part.view(torch.float32) if array.dtype == np.float32 else part).view(array.shape)
+        at += room[name]
+    return sent
+
+
+def _before(counts: Ints) -> Ints:
+    """Sums of what comes before each."""
+    result: Ints = np.cumsum(counts, dtype=np.int32) - counts
+    return result

@@ -1,4 +1,4 @@
-"""The paged double against the dense oracle and against the kernel's paged entry, with parts of histories computed before."""
+"""Steps of which a part of every history was computed before: the slow double against the dense oracle, and the kernel's paged entry against both."""
 
 from __future__ import annotations
 
@@ -6,46 +6,31 @@ import numpy as np
 import pytest
 import torch
 
-from model.kernels.paged import PagedRequest, paged_attention
-from model.kernels.tiles import OWN_ROW, ROW
+from model.kernels.reference import paged_attention
+from model.kernels.tiles import query_tiles
 from tests.model.kernels.cases import DEVICE, TOLERANCE, distance, on_device, random_case
-from tests.model.kernels.test_attention import SCALE, last_layer, oracle, paged_kernel, pages_of
+from tests.model.kernels.test_attention import SCALE, oracle, paged_kernel, pages_of
+
+TYPES = (torch.float32, torch.float16) if DEVICE.type == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_rows_after_a_cached_part_equal_those_of_the_whole(seed: int) -> None:
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_after_a_cached_part_equal_those_of_the_whole(seed: int, dtype: torch.dtype, page: int) -> None:
     rng = np.random.default_rng(seed)
-    case = random_case(rng)
-    cache, table = pages_of(case, 16, rng)
-    rows, requests = [], []
-    for start, past, offered in zip(case.starts.tolist(), case.history.tolist(), case.candidates.tolist(), strict=True):
-        cached = int(rng.integers(0, past + 1))
-        requests.append(PagedRequest(row=sum(map(len, rows)), history=past - cached, candidates=offered, keys=past))
-        rows.append(np.arange(start + cached, start + past + offered))
-    chosen = on_device(np.concatenate(rows))
-    q, k, v = (part[chosen] for part in case.parts)
-    got = paged_attention(q, k, v, cache, table, requests, on_device(case.limit)[chosen], alpha=case.alpha, scale=SCALE)
-    assert distance(got, oracle(case)[chosen]) < 1e-5
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_kernel_and_its_double_read_the_same_pages(seed: int) -> None:
-    rng = np.random.default_rng(10 + seed)
-    case = random_case(rng, torch.float16 if DEVICE.type == "cpu" else torch.bfloat16)
-    if not case.candidates.any():
-        pytest.skip("no candidates drawn")
-    got, wanted = last_layer(case, 32, rng)
-    assert distance(got, wanted) < TOLERANCE[case.qkv.dtype]
-    cache, table = pages_of(case, 32, rng)
-    rows = np.concatenate([np.arange(s + h, s + h + c) for s, h, c in zip(case.starts, case.history, case.candidates, strict=True)])
-    before = np.cumsum(case.candidates) - case.candidates
-    requests = [
-        PagedRequest(row=int(r), history=0, candidates=int(c), keys=int(h)) for r, c, h in zip(before, case.candidates, case.history, strict=True)
-    ]
-    own = on_device(rows)
+    case = random_case(rng, dtype)
+    cache, table = pages_of(case, page, rng)
+    cached = rng.integers(0, case.history + 1)
+    spans = zip(case.starts + cached, case.starts + case.history + case.candidates, strict=True)
+    rows = np.concatenate([np.arange(first, stop) for first, stop in spans])
+    limit, own = case.limit[rows], on_device(rows)
     q, k, v = (part[own].contiguous() for part in case.parts)
-    limit = on_device(case.limit[rows])
-    slow = paged_attention(q, k, v, cache, table, requests, limit, alpha=case.alpha, scale=SCALE)
-    tiles = case.tiles(last=True)
-    tiles[:, OWN_ROW] = tiles[:, ROW]
-    assert distance(paged_kernel(case, q, k, v, tiles, limit, cache, table), slow) < TOLERANCE[case.qkv.dtype]
+    wanted, fresh = oracle(case)[own], case.history - cached
+    slow = paged_attention(
+        q, k, v, cache, table, case.history.tolist(), fresh.tolist(), case.candidates.tolist(), on_device(limit),
+        heads=case.heads, alpha=case.alpha, scale=SCALE,
+    )  # fmt: skip
+    assert distance(slow, wanted) < 1e-12
+    tiles = on_device(query_tiles(fresh, case.candidates, limit, case.block, cached=cached))
+    assert distance(paged_kernel(case, q, k, v, tiles, on_device(limit), cache, table), wanted) < TOLERANCE[dtype]

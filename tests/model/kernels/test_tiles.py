@@ -94,3 +94,15 @@ def test_no_candidates_no_tiles() -> None:
     history, candidates = np.array([3, 4]), np.array([0, 0])
     assert query_tiles(history, candidates, np.full(7, 3), 16, last=True).shape == (0, 8)
     assert query_tiles(np.array([0]), np.array([0]), np.empty(0, np.int32), 16).shape == (0, 8)
+
+
+def test_keys_in_a_cache_count_among_those_that_rows_may_see() -> None:
+    history, candidates, limit = np.array([2, 0]), np.array([1, 3]), np.array([10, 10, 9, 4, 4, 2])
+    table = query_tiles(history, candidates, limit, 16, cached=np.array([8, 4]))
+    assert sorted(map(tuple, table[:, [REQUEST, ROW, ROWS, LOW, HIGH, OWN_ROW]].tolist())) == [
+        (0, 0, 2, 10, 10, -1),
+        (0, 2, 1, 9, 9, 2),
+        (1, 3, 3, 2, 4, 3),
+    ]
+    with pytest.raises(ValueError, match="history of 9"):
+        query_tiles(history, candidates, limit, 16, cached=np.array([7, 4]))

@@ -19,7 +19,7 @@ import numpy as np
 from model import checkpoint
 from model.config import ModelConfig
 from model.oracle import oracle_scores
-from pipeline.backends.vllm import cache, options, served
+from pipeline.backends.vllm import options, served
 from pipeline.backends.vllm.payload import KEY, encode
 from pipeline.backends.vllm.plugin import register
 from pipeline.contracts import RankingRequest
@@ -27,7 +27,10 @@ from tests.factories import jagged_requests, random_request
 from tests.model.lively import lively_model
 
 CONFIG = ModelConfig(d_model=64, layers=2, heads=2, max_seq_len=256, scaling_seqlen=256, embedding_dim=16)
-SETTINGS = {"engine.block_size": 16, "engine.max_num_seqs": 16, "engine.max_num_batched_tokens": 1024, "engine.prefix_caching": True}
+SETTINGS = {
+    "engine.block_size": 16, "engine.max_num_seqs": 16, "engine.max_num_batched_tokens": 1024, "engine.max_model_len": CONFIG.max_seq_len,
+    "engine.enable_prefix_caching": True, "engine.enforce_eager": True,
+}  # fmt: skip
 
 
 class Asked:
@@ -41,7 +44,7 @@ class Asked:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(Path(folder) / "checkpoint", self.model)
             served.write(Path(folder) / "checkpoint", Path(folder) / "served")
-            told = options.engine_args(Path(folder) / "served", CONFIG.max_seq_len, {**SETTINGS, **(settings or {})})
+            told = options.engine_args(Path(folder) / "served", {**SETTINGS, **(settings or {})})
             self.llm = LLM(**{**told, **arguments})
 
     def scores(self, requests: Sequence[RankingRequest], salted: bool = True) -> tuple[list[np.ndarray], list[int]]:
@@ -89,6 +92,8 @@ def parity(settings: dict[str, Any], model: dict[str, Any] | None = None) -> dic
 
 def stock_manager() -> dict[str, Any]:
     """With vLLM's own manager the second identical request finds its candidates cached."""
+    from pipeline.backends.vllm.inside import cache
+
     cache.HistoryManager.cache_blocks = cache.FullAttentionManager.cache_blocks  # type: ignore[method-assign]
     engine, request = Asked(), random_request(np.random.default_rng(1), static=20, realtime=20, candidates=60)
     engine.scores([request])
@@ -122,7 +127,7 @@ def fp8_cache() -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "fp32": lambda: parity({}),
-    "fp32-32": lambda: parity({"engine.block_size": 32, "engine.hash_algo": "xxhash"}),
+    "fp32-32": lambda: parity({"engine.block_size": 32, "engine.prefix_caching_hash_algo": "xxhash"}),
     "bf16": lambda: parity({"build.precision": "bf16"}),
     "variant": lambda: parity({}, {"share_seq_mlp": False, "trunk": "mmoe", "token_gate": True}),
     "ablations": lambda: parity({}, {"group_norm": False, "dynamic_mask": False, "cross_features": False}),

@@ -21,7 +21,9 @@ def test_features_come_back_whole() -> None:
         assert parts.lengths.history == request.tokens - len(request.candidates)
         for name in ("user", "events", "candidates", "visible", "cross"):
             np.testing.assert_array_equal(getattr(parts, name), getattr(request, name))
-        assert all(0 <= i < VOCABULARY for i in prompt.token_ids)
+        history = parts.lengths.history
+        assert all(0 < i < VOCABULARY for i in prompt.token_ids[:history])
+        assert not any(prompt.token_ids[history:])
 
 
 @pytest.fixture

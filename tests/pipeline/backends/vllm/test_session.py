@@ -72,10 +72,16 @@ def test_scores_come_back_and_are_counted(made: tuple[VllmSession, Engine]) -> N
 
 def test_settings_are_those_of_the_engine(made: tuple[VllmSession, Engine]) -> None:
     assert made[0].effective == {
-        "build.precision": "bf16", "engine.block_size": 32, "engine.max_num_seqs": 8, "engine.max_num_batched_tokens": 4096,
-        "engine.gpu_memory_utilization": 0.4, "engine.prefix_caching": True, "engine.hash_algo": "xxhash", "engine.async_scheduling": False,
+        "build.precision": "bf16",
+        "engine.block_size": 32,
+        "engine.max_num_seqs": 8,
+        "engine.max_num_batched_tokens": 4096,
+        "engine.gpu_memory_utilization": 0.4,
+        "engine.enable_prefix_caching": True,
+        "engine.prefix_caching_hash_algo": "xxhash",
+        "engine.async_scheduling": False,
         "serve.queue_limit": 4,
-    }  # fmt: skip
+    }
     assert set(made[0].effective) - {"build.precision"} == set(LOAD)
 
 

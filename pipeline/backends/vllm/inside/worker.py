@@ -1,0 +1,43 @@
+"""vLLM's worker, which also hands the model the requests' features.
+
+A model sees token ids and positions only. The runner, which holds the step's requests with their parameters, asks one method for further arguments of
+the model's forward; that method is the door.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from pipeline.backends.vllm.payload import KEY, decode
+from pipeline.backends.vllm.step import plan
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker
+
+
+class MtgrWorker(Worker):
+    """Of this platform."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        runner = self.model_runner
+        runner._init_model_kwargs = lambda: step_of(runner)
+
+
+def step_of(runner: Any) -> dict[str, Any]:
+    """{'step': Step} of the requests the runner is about to compute; nothing in a profiling run, which has none."""
+    batch = runner.input_batch
+    count = batch.num_reqs
+    if not count:
+        return {}
+    payloads = [params.extra_kwargs[KEY] for params in batch.get_pooling_params()]
+    computed = batch.num_computed_tokens_cpu[:count].tolist()
+    ends = runner.query_start_loc.np[: count + 1].tolist()
+    scheduled = [end - begin for begin, end in pairwise(ends)]
+    dynamic = runner.model_config.hf_config.network.dynamic_mask
+    return {"step": plan([decode(payload) for payload in payloads], computed, scheduled, runner.device, dynamic=dynamic)}

@@ -1,0 +1,109 @@
+"""A step's arrays against those of whole requests, and attention over its pages against the dense oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from model.jagged import pack_jagged
+from model.kernels import reference
+from pipeline.backends.vllm.payload import Parts, decode, encode
+from pipeline.backends.vllm.step import BLOCK, Step, plan
+from pipeline.contracts import RankingRequest
+from tests.factories import jagged_requests, random_request
+from tests.model.kernels.cases import DEVICE, TOLERANCE, distance
+
+HEADS, WIDTH = 2, 32
+
+
+def parts_of(requests: list[RankingRequest]) -> list[Parts]:
+    return [decode(encode(r).payload) for r in requests]
+
+
+def stepped(requests: list[RankingRequest], computed: list[int], dynamic: bool = True) -> Step:
+    return plan(parts_of(requests), computed, [r.tokens - c for r, c in zip(requests, computed, strict=True)], DEVICE, dynamic=dynamic)
+
+
+def some_computed(rng: np.random.Generator, requests: list[RankingRequest]) -> list[int]:
+    return [int(rng.integers(0, r.tokens - len(r.candidates) + 1)) for r in requests]
+
+
+def kept(requests: list[RankingRequest], computed: list[int]) -> torch.Tensor:
+    """[T of whole requests] whether the step has the row."""
+    return torch.cat([torch.arange(r.tokens) >= c for r, c in zip(requests, computed, strict=True)])
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_are_the_last_ones_of_whole_requests(seed: int, dynamic: bool) -> None:
+    rng = np.random.default_rng(seed)
+    requests = jagged_requests(rng, 8)
+    computed = [0] * len(requests) if seed == 0 else some_computed(rng, requests)
+    whole, step = pack_jagged(requests, None, BLOCK, dynamic=dynamic), stepped(requests, computed, dynamic)
+    rows = kept(requests, computed).numpy()
+    for name in ("kind", "limit"):
+        np.testing.assert_array_equal(getattr(step, name).cpu(), whole[name][rows])
+    np.testing.assert_array_equal(step.candidate_limit.cpu(), whole["candidate_limit"])
+    np.testing.assert_array_equal(rows.nonzero()[0][step.candidate_rows.cpu()], whole["candidate_tokens"])
+
+    def made_of(users: np.ndarray, events: np.ndarray, candidates: np.ndarray, source: np.ndarray) -> list[tuple[int, ...]]:
+        sources = [*((int(i),) for i in users.ravel()), *map(tuple, events.tolist()), *map(tuple, candidates.tolist())]
+        return [sources[i] for i in source]
+
+    got = made_of(*(getattr(step, name).cpu().numpy() for name in ("user_ids", "event_ids", "candidate_ids", "token_source")))
+    wanted = made_of(whole["user_rows"], whole["event_rows"], whole["candidate_rows"], whole["token_source"])
+    assert got == [token for token, row in zip(wanted, rows, strict=True) if row]
+    np.testing.assert_array_equal(step.cross.cpu(), whole["cross"])
+
+
+def test_only_events_that_make_rows_are_looked_up() -> None:
+    requests = [random_request(np.random.default_rng(0), static=20, realtime=10, candidates=3)]
+    assert [len(stepped(requests, [c]).event_ids) for c in (0, 2, 18, 32)] == [30, 30, 14, 0]
+
+
+@pytest.mark.parametrize(("computed", "scheduled"), [(33, 2), (0, 20), (16, 18)])
+def test_part_of_a_request_is_refused(computed: int, scheduled: int) -> None:
+    request = random_request(np.random.default_rng(0), static=20, realtime=10, candidates=3)
+    with pytest.raises(RuntimeError, match="computes a request to its end"):
+        plan(parts_of([request]), [computed], [scheduled], DEVICE)
+
+
+@pytest.mark.parametrize("page", [16, 32])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_over_pages_is_that_over_whole_requests(seed: int, last: bool, page: int) -> None:
+    """Both the slow double and, where Triton can be imported, the kernel with the step's tiles; unused places of pages hold NaN."""
+    rng = np.random.default_rng(seed)
+    requests = [*jagged_requests(rng, 5), random_request(rng, static=70, realtime=20, candidates=70, serving=False)]
+    computed = some_computed(rng, requests)
+    step, rows = stepped(requests, computed), kept(requests, computed)
+    history, offered = [r.tokens - len(r.candidates) for r in requests], [len(r.candidates) for r in requests]
+    limit = torch.from_numpy(pack_jagged(requests, None, BLOCK)["limit"]).to(DEVICE)
+    whole = torch.from_numpy(rng.normal(size=(3, len(limit), HEADS * WIDTH)).astype(np.float32)).to(DEVICE)
+    wanted = reference.attention(*whole, history, offered, limit, heads=HEADS, alpha=0.2, scale=0.1)[rows.to(DEVICE)]
+
+    pages = [-(-h // page) for h in history]
+    free = iter(rng.permutation(sum(pages)).tolist())
+    cache = torch.full((sum(pages), 2, page, HEADS, WIDTH), float("nan"), device=DEVICE)
+    table = torch.zeros(len(requests), max(pages), dtype=torch.int32, device=DEVICE)
+    start = 0
+    for request, (past, count) in enumerate(zip(history, offered, strict=True)):
+        for token in range(past):
+            if token % page == 0:
+                table[request, token // page] = next(free)
+            cache[table[request, token // page], :, token % page] = whole[1:, start + token].view(2, HEADS, WIDTH)
+        start += past + count
+    q, k, v = whole[:, rows.to(DEVICE)]
+    limit, tiles = step.limit, step.tiles
+    if last:
+        chosen = step.candidate_rows.long()
+        q, wanted, limit, tiles = q[chosen].contiguous(), wanted[chosen], step.candidate_limit, step.candidate_tiles
+    got = reference.paged_attention(
+        q, k, v, cache, table, step.history, step.rows, step.candidates, limit, heads=HEADS, alpha=0.2, scale=0.1, last=last
+    )  # fmt: skip
+    assert distance(got, wanted) < 1e-12
+
+    kernels = pytest.importorskip("model.kernels.attention", reason="Triton is not installed", exc_type=ImportError)
+    got = kernels.forward(q, k, v, tiles, limit, heads=HEADS, block_m=BLOCK, alpha=0.2, scale=0.1, cache=cache, table=table)
+    assert distance(got, wanted) < TOLERANCE[torch.float32]
