@@ -16,7 +16,7 @@ FIXED: dict[str, Any] = {
     "skip_tokenizer_init": True,  # prompts are token ids that only name tokens
     "enable_chunked_prefill": False,  # a request's static tokens and candidates are computed in one step (see `step`)
     "worker_cls": "pipeline.backends.vllm.inside.worker.MtgrWorker",  # brings the features
-    "attention_backend": "CUSTOM",
+    "attention_backend": "CUSTOM",  # what vLLM says it runs; the layers bring theirs by themselves (see `inside.attention`)
 }
 NAMES = {
     "engine.block_size": "block_size",
@@ -36,23 +36,21 @@ NAMES = {
 
 def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) -> dict[str, Any]:
     """Arguments that open the `served` folder with `settings`; what they leave out is vLLM's default. Raises SettingsError."""
-    from vllm.config import PoolerConfig
-
-    known = {*NAMES, "build.precision", "engine.dtype", "engine.kv_cache_memory_mib"}
-    args: dict[str, Any] = {"model": str(folder), "pooler_config": PoolerConfig(task="plugin"), **FIXED}
-    for name, value in settings.items():
-        if name.startswith("engine.") and name not in known:
-            raise SettingsError(f"{name} is no setting of vLLM's engine; there are {', '.join(sorted(known))}")
-        if name in NAMES:
-            args[NAMES[name]] = value
+    known = {*NAMES, "engine.dtype", "engine.kv_cache_memory_mib"}
+    if unknown := sorted(name for name in settings if name.startswith("engine.") and name not in known):
+        raise SettingsError(f"{unknown[0]} is no setting of vLLM's engine; there are {', '.join(sorted(known))}")
     precision = str(settings.get("engine.dtype", settings.get("build.precision", "fp32")))
     if precision not in DTYPES:
         raise SettingsError(f"build.precision is one of {', '.join(DTYPES)} for vLLM, got {precision}")
+    args: dict[str, Any] = {"model": str(folder), **FIXED, **{NAMES[name]: value for name, value in settings.items() if name in NAMES}}
     args["dtype"] = DTYPES[precision]  # vLLM's own choice for pooling is fp16, which loses small scores
     if mib := int(settings.get("engine.kv_cache_memory_mib", 0)):
         args["kv_cache_memory_bytes"] = mib * MIB
     _check(args)
-    return args
+
+    from vllm.config import PoolerConfig
+
+    return {**args, "pooler_config": PoolerConfig(task="plugin")}
 
 
 def _check(args: Mapping[str, Any]) -> None:
@@ -61,6 +59,8 @@ def _check(args: Mapping[str, Any]) -> None:
         raise SettingsError(
             f"engine.max_num_batched_tokens must hold a whole request, engine.max_model_len: got {room} and {longest}; raise the former"
         )
+    if (size := int(args.get("block_size", 16))) < 16 or size % 16:
+        raise SettingsError(f"engine.block_size is a multiple of 16, got {size}; vLLM would die on it later")
     if (ranks := args.get("tensor_parallel_size", 1)) != 1:
         raise SettingsError(f"engine.tensor_parallel_size is 1: the norm after attention needs whole rows, got {ranks}; run one engine a GPU")
     if str(args.get("kv_cache_dtype", "auto")).startswith("fp8"):

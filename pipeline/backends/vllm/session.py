@@ -6,6 +6,7 @@ vLLM batches by itself, so there is no batcher here: a thread runs the event loo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from multiprocessing import active_children
 from typing import Any
 
 import numpy as np
+import psutil
 
 from pipeline.backends.vllm.options import DTYPES, NAMES
 from pipeline.backends.vllm.payload import KEY, encode
@@ -22,6 +24,8 @@ from pipeline.contracts import FeatureSchema, RankingRequest, Scores, Settings
 from pipeline.errors import MachineError, Overloaded, SettingsError
 from pipeline.requests import validate
 
+PROCESSES = "VLLM"
+"""How the names of vLLM's processes begin."""
 READ = (
     "engine.block_size",
     "engine.max_num_seqs",
@@ -168,8 +172,18 @@ class VllmSession:
     async def _end(self) -> None:
         while self._open:
             await asyncio.sleep(0.005)
+        ours = [child for child in psutil.Process().children(recursive=True) if child.name().startswith(PROCESSES)]
         self._engine.shutdown()
         del self._engine
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0)
+        # vLLM kills an engine that takes its time, and the engine's own workers then outlive it.
+        _, left = psutil.wait_procs(ours, timeout=1)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=5)
         active_children()  # joins the processes that have ended: none is left as a zombie
         self._loop.stop()
 

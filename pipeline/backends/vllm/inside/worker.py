@@ -26,7 +26,7 @@ class MtgrWorker(Worker):
     def init_device(self) -> None:
         super().init_device()
         runner = self.model_runner
-        runner._init_model_kwargs = lambda: step_of(runner)
+        runner._init_model_kwargs = lambda *_: step_of(runner)
 
 
 def step_of(runner: Any) -> dict[str, Any]:

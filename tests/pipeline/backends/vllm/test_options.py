@@ -1,0 +1,75 @@
+"""Our settings as vLLM takes them, and what is refused before an engine starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.checkpoint import WEIGHTS, save
+from pipeline.backends.vllm import served
+from pipeline.backends.vllm.options import DTYPES, NAMES, engine_args
+from pipeline.errors import CheckpointError, SettingsError
+from tests.model.lively import lively_model
+from tests.pipeline.backends.vllm.engines import SETTINGS, TINY
+
+FOLDER = Path("served")
+
+
+def test_every_setting_arrives() -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    from vllm.engine.arg_utils import EngineArgs
+
+    values: dict[str, Any] = {
+        **SETTINGS,
+        "engine.gpu_memory_utilization": 0.5,
+        "engine.prefix_caching_hash_algo": "xxhash",
+        "engine.async_scheduling": True,
+        "engine.tensor_parallel_size": 1,
+        "engine.kv_cache_dtype": "auto",
+    }
+    assert set(NAMES) | {"engine.kv_cache_memory_mib"} == set(values)
+    args = EngineArgs(**engine_args(FOLDER, {**values, "build.precision": "bf16", "quant.recipe": "none"}))
+    for name, own in NAMES.items():
+        assert getattr(args, own) == values[name], name
+    assert (args.model, args.dtype, args.kv_cache_memory_bytes) == ("served", "bfloat16", 32 * 2**20)
+    assert args.enable_chunked_prefill is False
+    assert args.runner == "pooling"
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_the_type_is_named_and_never_left_to_vllm(precision: str) -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    assert engine_args(FOLDER, {"build.precision": precision})["dtype"] == DTYPES[precision]
+    assert engine_args(FOLDER, {})["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"engine.threads": 2}, "engine.threads is no setting of vLLM"),
+        ({"build.precision": "int8"}, "build.precision is one of"),
+        ({"engine.max_model_len": 512, "engine.max_num_batched_tokens": 256}, "max_num_batched_tokens must hold a whole request"),
+        ({"engine.tensor_parallel_size": 2}, "tensor_parallel_size is 1"),
+        ({"engine.kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype is auto"),
+        ({"engine.block_size": 8}, "block_size is a multiple of 16"),
+    ],
+)
+def test_what_cannot_work_is_refused(settings: dict[str, Any], rule: str) -> None:
+    with pytest.raises(SettingsError, match=rule):
+        engine_args(FOLDER, settings)
+
+
+def test_the_served_folder_holds_the_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint", lively_model(TINY))
+    served.write(tmp_path / "checkpoint", tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["mtgr_model"] == TINY.to_dict()
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "checkpoint" / WEIGHTS).read_bytes()
+    with (tmp_path / "checkpoint" / WEIGHTS).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        served.write(tmp_path / "checkpoint", tmp_path / "out")

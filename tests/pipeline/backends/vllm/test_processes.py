@@ -1,0 +1,43 @@
+"""Engine core and worker in processes of their own: they must know MTGR where no entry point is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="vllm is not installed")
+
+ROOT = Path(__file__).resolve().parents[4]
+SCRIPT = """
+import sys
+from pathlib import Path
+import numpy as np
+from model.oracle import oracle_scores
+from tests.factories import random_request
+from tests.pipeline.backends.vllm.engines import open_engine
+
+def main():
+    request = random_request(np.random.default_rng(0), static=40, realtime=20, candidates=7)
+    with open_engine(Path(sys.argv[1]), in_process=False) as engine:
+        for cached in (0, 48):
+            (answer,) = engine.score([request])
+            assert answer.cached == cached, answer.cached
+            assert abs(answer.scores - oracle_scores(engine.model, request)).max() < 1e-4
+    print("scores are right")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("plugins", ["", "mtgr"], ids=["no entry point", "entry point if installed"])
+def test_scores_across_processes(plugins: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_PLUGINS": plugins, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    ran = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, timeout=250)
+    assert "scores are right" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-3000:]
