@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -104,12 +105,12 @@ def decode(payload: bytes) -> Parts:
         raise ValueError(f"a payload begins with {4 * _HEADER} bytes of lengths, got {len(payload)} bytes in all")
     found = lengths_of(payload)
     shapes = ((found.user,), (found.static + found.realtime, found.event_columns), (found.candidates, found.candidate_columns), (found.candidates,))
-    wanted = 4 * (_HEADER + sum(int(np.prod(shape)) for shape in shapes) + found.candidates * found.cross_columns)
+    wanted = 4 * (_HEADER + sum(prod(shape) for shape in shapes) + found.candidates * found.cross_columns)
     if len(payload) != wanted:
         raise ValueError(f"a payload of {found} has {wanted} bytes, got {len(payload)}")
     arrays, at = [], 4 * _HEADER
     for shape in shapes:
-        count = int(np.prod(shape))
+        count = prod(shape)
         arrays.append(np.frombuffer(payload, np.int32, count, at).reshape(shape))
         at += 4 * count
     cross = np.frombuffer(payload, np.float32, found.candidates * found.cross_columns, at).reshape(found.candidates, found.cross_columns)

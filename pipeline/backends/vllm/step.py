@@ -51,7 +51,7 @@ def plan(parts: Sequence[Parts], computed: Sequence[int], scheduled: Sequence[in
     Raises RuntimeError for a step that leaves part of a request, or begins behind its history: its scores would be wrong.
     """
     lengths = [p.lengths for p in parts]
-    user, static, realtime, offered = np.array([n[:4] for n in lengths], np.int32).reshape(-1, 4).T
+    user, static, realtime, offered = np.array([n[:4] for n in lengths], np.int32).T
     found, asked = np.array(computed, np.int32), np.array(scheduled, np.int32)
     history, known = user + static + realtime, user + static
     if (bad := (found > history) | (found + asked != history + offered)).any():
@@ -60,38 +60,29 @@ def plan(parts: Sequence[Parts], computed: Sequence[int], scheduled: Sequence[in
             f"a step computes a request to its end, and at most its history comes from the cache: got {asked[worst]} tokens after {found[worst]} of "
             f"{lengths[worst]}; serve with chunked prefill off and histories alone in the cache, as pipeline.backends.vllm.options sets"
         )
-    rows = history - found
-    start = _before(asked)
-    request = np.repeat(np.arange(len(parts), dtype=np.int32), asked)
-    row = np.arange(len(request), dtype=np.int32)
-    position = row - (start - found)[request]
-    candidate = position >= history[request]
-    kind = np.where(candidate, CANDIDATE, np.where(position < user[request], USER, np.where(position < known[request], STATIC, REALTIME)))
-
-    skipped = np.maximum(found - user, 0)
-    events = static + realtime - skipped
-    users = len(parts) * int(user[0]) if len(parts) else 0
-    source = np.where(
-        candidate,
-        (users + events.sum() + _before(offered) - history)[request] + position,
-        np.where(position < user[request], (_before(user))[request] + position, (users + _before(events) - user - skipped)[request] + position),
-    )
-    visible = np.concatenate([p.visible for p in parts])
-    candidate_rows = np.flatnonzero(candidate).astype(np.int32)
-    candidate_limit = np.repeat(known, offered) + visible
-    limit = position + 1
+    rows, skipped = history - found, np.maximum(found - user, 0)
+    events, start = static + realtime - skipped, _before(asked)
+    number = np.arange(asked.sum(), dtype=np.int32)
+    # A request is four runs of tokens, less what was computed before: each is of one kind, and its sources count up.
+    ends = np.stack([user, known, history, history + offered], axis=1)
+    runs = np.diff(np.maximum(ends, found[:, None]), axis=1, prepend=found[:, None]).ravel()
+    users = user.sum(dtype=np.int32)
+    of_event = users + _before(events) - user - skipped
+    moved = np.stack([_before(user), of_event, of_event, users + events.sum(dtype=np.int32) + _before(offered) - history], axis=1)
+    candidate_rows = number[: offered.sum()] + np.repeat(start + rows - _before(offered), offered)
+    candidate_limit = np.repeat(known, offered) + np.concatenate([p.visible for p in parts])
+    limit = number + np.repeat(found - start + 1, asked)
     if dynamic:
-        limit = np.maximum(limit, known[request])
+        np.maximum(limit, np.repeat(known, asked), out=limit)
     limit[candidate_rows] = candidate_limit
-    limit = limit.astype(np.int32)
     tiles = query_tiles(rows, offered, limit, BLOCK, cached=found)
     arrays = {
         "user_ids": np.stack([p.user for p in parts]),
         "event_ids": np.concatenate([p.events[skip:] for p, skip in zip(parts, skipped.tolist(), strict=True)]),
         "candidate_ids": np.concatenate([p.candidates for p in parts]),
         "cross": np.concatenate([p.cross for p in parts]),
-        "token_source": source,
-        "kind": kind,
+        "token_source": number + np.repeat((moved + (found - start)[:, None]).ravel(), runs),
+        "kind": np.repeat(np.tile(np.array([USER, STATIC, REALTIME, CANDIDATE], np.int32), len(parts)), runs),
         "limit": limit,
         "tiles": tiles,
         "candidate_rows": candidate_rows,
