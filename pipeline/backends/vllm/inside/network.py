@@ -1,7 +1,6 @@
-"""MTGR made of vLLM's layers: its linear layers (so that it can quantise them), its attention layer (so that it pages), our tables, norms and heads.
+"""MTGR as vLLM loads it: our embeddings, blocks made of vLLM's layers, our heads, and a pooler that hands each request its candidates' scores.
 
-Same mathematics and parameter names as `model.network`. Rows are those of one step; the last layer computes candidates alone and the pooler hands
-each request its own.
+Same mathematics and parameter names as `model.network`. Rows are those of one step.
 """
 
 from __future__ import annotations
@@ -11,67 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.pooler import Pooler
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from model.config import ModelConfig
 from model.embeddings import TokenEmbedding, TokenGate
 from model.heads import Heads
-from model.hstu import GroupLayerNorm
-from pipeline.backends.vllm.inside.attention import HistoryAttention, describe
+from pipeline.backends.vllm.inside.attention import describe
+from pipeline.backends.vllm.inside.blocks import Block, Trunk
 from pipeline.backends.vllm.payload import KEY, lengths_of
 from pipeline.backends.vllm.step import Step
 from pipeline.contracts import HEADS
-
-
-class Block(nn.Module):
-    """One layer; the last one takes every row and gives the candidates'."""
-
-    def __init__(self, config: ModelConfig, last: bool, cache_config: Any, quant_config: Any, prefix: str) -> None:
-        super().__init__()
-        width = config.d_model
-        self.width, self.inverse_n = width, 1 / config.scaling_seqlen
-        self.norm1 = GroupLayerNorm(width, config.norm_eps, config.group_norm).float()
-        self.norm2 = GroupLayerNorm(width, config.norm_eps, config.group_norm).float()
-
-        def merged(name: str, parts: int) -> nn.Module:
-            return MergedColumnParallelLinear(width, [width] * parts, bias=True, quant_config=quant_config, prefix=f"{prefix}.{name}")
-
-        if last:
-            self.uq, self.kv = merged("uq", 2), merged("kv", 2)
-        else:
-            self.uqkv = merged("uqkv", 4)
-        self.attention = HistoryAttention(config.heads, width // config.heads, cache_config, f"{prefix}.attention")
-        self.merge = RowParallelLinear(width, width, bias=True, quant_config=quant_config, prefix=f"{prefix}.merge")
-        self.dtype = torch.get_default_dtype()
-
-    def forward(self, x: Tensor, kind: Tensor) -> Tensor:
-        """[T, width] float32 -> the same."""
-        u, q, k, v = self._product(self.uqkv, self.norm1(x, kind)).split(self.width, dim=1)
-        return self._gate(x, u, self.attention(q, k, v), kind)
-
-    def last(self, x: Tensor, kind: Tensor, candidate_rows: Tensor) -> Tensor:
-        """[T, width] float32 -> the candidates' [C, width]."""
-        normed = self.norm1(x, kind)
-        u, q = self._product(self.uq, normed.index_select(0, candidate_rows)).split(self.width, dim=1)
-        k, v = self._product(self.kv, normed).split(self.width, dim=1)
-        return self._gate(x.index_select(0, candidate_rows), u, self.attention(q, k, v), kind.index_select(0, candidate_rows))
-
-    def _product(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return functional.silu(layer(x.to(self.dtype))[0])
-
-    def _gate(self, x: Tensor, u: Tensor, attended: Tensor, kind: Tensor) -> Tensor:
-        """1/N in float32, after the product with V: before it, half precision would lose small scores."""
-        gated = attended.float() * self.inverse_n * u.float()
-        return x + self.merge(self.norm2(gated, kind).to(self.dtype))[0].float()
 
 
 class MtgrForRanking(nn.Module):
     """What vLLM loads. `forward` gives the candidates' probabilities, `pooler` hands them out."""
 
     is_pooling_model = True
+    rows: Tensor
+    kinds: Tensor
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
@@ -85,7 +42,12 @@ class MtgrForRanking(nn.Module):
             Block(config, number == config.layers - 1, vllm_config.cache_config, vllm_config.quant_config, f"blocks.{number}")
             for number in range(config.layers)
         )
+        self.trunk = Trunk(vllm_config=vllm_config, blocks=self.blocks[:-1]) if config.layers > 1 else None
         self.heads = Heads(config)
+        # Where the trunk finds its rows: a captured graph reads the addresses it was captured with.
+        room = vllm_config.scheduler_config.max_num_batched_tokens
+        self.register_buffer("rows", torch.zeros(room, config.d_model, dtype=torch.float32), persistent=False)
+        self.register_buffer("kinds", torch.zeros(room, dtype=torch.int32), persistent=False)
         self.pooler = CandidatePooler()
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -97,21 +59,21 @@ class MtgrForRanking(nn.Module):
     ) -> Tensor:
         """[C, heads] float32 probabilities of the step's candidates; in a profiling run, without a step, zeros for every row."""
         describe(step)
-        padded = len(input_ids)  # vLLM pads rows for its graphs
+        padded = len(input_ids)  # vLLM pads rows for its graphs; what lies there belongs to no request
+        x, kind = self.rows[:padded], self.kinds[:padded]
         if step is None:
-            x, kind = self.embed_input_ids(input_ids), torch.zeros_like(input_ids, dtype=torch.int32)
-            rows = torch.arange(padded, dtype=torch.int32, device=x.device)
+            candidate_rows = torch.arange(padded, dtype=torch.int32, device=x.device)
         else:
-            x = self.embedding(step.user_ids, step.event_ids, step.candidate_ids, step.cross, step.token_source, step.kind)
+            tokens = self.embedding(step.user_ids, step.event_ids, step.candidate_ids, step.cross, step.token_source, step.kind)
             if self.token_gate is not None:
-                x = self.token_gate(x)
-            x = functional.pad(x, (0, 0, 0, padded - len(x)))
-            kind, rows = functional.pad(step.kind, (0, padded - len(step.kind))), step.candidate_rows
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x, kind)
+                tokens = self.token_gate(tokens)
+            x[: len(tokens)], kind[: len(tokens)] = tokens, step.kind
+            candidate_rows = step.candidate_rows
+        if self.trunk is not None:
+            x = self.trunk(x, kind)
+        last = self.blocks[-1]
         assert isinstance(last, Block)
-        return torch.sigmoid(self.heads(last.last(x, kind, rows)))
+        return torch.sigmoid(self.heads(last.last(x, kind, candidate_rows)))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Our checkpoint's names are ours here too. Raises ValueError where either side has one that the other lacks."""

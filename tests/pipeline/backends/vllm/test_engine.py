@@ -150,3 +150,14 @@ def test_other_block_sizes(size: int, tmp_path: Path) -> None:
         for _ in range(2):
             assert worst(engine, [request]) < TOLERANCE
         assert engine.score([request])[0].cached == 162 // size * size
+
+
+def test_compiled_blocks_of_two_models_are_not_mistaken_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM keeps compiled code on disk, with the model's numbers in it as constants."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    rng = np.random.default_rng(16)
+    requests = [*jagged_requests(rng, 6), random_request(rng, static=40, realtime=40, candidates=9)]
+    for number, config in enumerate((TINY, replace(TINY, scaling_seqlen=64), TINY)):
+        with open_engine(tmp_path / str(number), config, enforce_eager=False) as engine:
+            for _ in range(2):
+                assert worst(engine, requests) < TOLERANCE
