@@ -61,7 +61,5 @@ def _check(args: Mapping[str, Any]) -> None:
         )
     if (size := int(args.get("block_size", 16))) < 16 or size % 16:
         raise SettingsError(f"engine.block_size is a multiple of 16, got {size}; vLLM would die on it later")
-    if (ranks := args.get("tensor_parallel_size", 1)) != 1:
-        raise SettingsError(f"engine.tensor_parallel_size is 1: the norm after attention needs whole rows, got {ranks}; run one engine a GPU")
     if str(args.get("kv_cache_dtype", "auto")).startswith("fp8"):
         raise SettingsError(f"engine.kv_cache_dtype is auto: attention applies no scales of fp8 pages, got {args['kv_cache_dtype']}")

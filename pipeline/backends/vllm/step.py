@@ -8,7 +8,7 @@ scores put together, and static tokens see each other both ways. The twin of `mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from pipeline.backends.vllm.payload import Parts
 
 Ints = NDArray[np.int32]
 
-BLOCK = 64
-"""Rows of a query tile."""
+SMALL = 4096
+"""Rows up to which query tiles of 64 rows are faster than of 128: larger ones do not fill the chip (reports/h200-kernels)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +32,7 @@ class Step:
     history: list[int]  # B: tokens whose keys are in the pages once the step has written its own
     rows: list[int]  # B: history tokens that are rows
     candidates: list[int]  # B
+    block: int  # rows of a query tile
     user_ids: Tensor  # [B, n_u]
     event_ids: Tensor  # [E, event columns]
     candidate_ids: Tensor  # [C, candidate columns]
@@ -75,7 +76,8 @@ def plan(parts: Sequence[Parts], computed: Sequence[int], scheduled: Sequence[in
     if dynamic:
         np.maximum(limit, np.repeat(known, asked), out=limit)
     limit[candidate_rows] = candidate_limit
-    tiles = query_tiles(rows, offered, limit, BLOCK, cached=found)
+    block = 64 if len(number) <= SMALL else 128
+    tiles = query_tiles(rows, offered, limit, block, cached=found)
     arrays = {
         "user_ids": np.stack([p.user for p in parts]),
         "event_ids": np.concatenate([p.events[skip:] for p, skip in zip(parts, skipped.tolist(), strict=True)]),
@@ -89,8 +91,7 @@ def plan(parts: Sequence[Parts], computed: Sequence[int], scheduled: Sequence[in
         "candidate_limit": candidate_limit,
         "candidate_tiles": candidate_tiles(tiles, rows),
     }
-    assert set(arrays) | {"history", "rows", "candidates"} == {f.name for f in fields(Step)}
-    return Step(history=history.tolist(), rows=rows.tolist(), candidates=offered.tolist(), **_sent(arrays, device))
+    return Step(history=history.tolist(), rows=rows.tolist(), candidates=offered.tolist(), block=block, **_sent(arrays, device))
 
 
 def _sent(arrays: dict[str, NDArray[np.generic]], device: torch.device) -> dict[str, Tensor]:

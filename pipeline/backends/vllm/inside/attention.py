@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from model.kernels.reference import paged_attention
 from model.kernels.tiles import HEAD_WIDTHS
 from pipeline.backends.vllm.inside.cache import HistorySpec
-from pipeline.backends.vllm.step import BLOCK, Step
+from pipeline.backends.vllm.step import Step
 
 
 class HistoryBackend(AttentionBackend):
@@ -117,7 +117,7 @@ class HistoryImpl(AttentionImpl):
             from model.kernels.attention import forward as kernel
 
             seen = kernel(
-                q, k, v, tiles, limit, heads=self.num_heads, block_m=BLOCK, alpha=self.scale, scale=1.0, cache=kv_cache, table=attn_metadata.table,
+                q, k, v, tiles, limit, heads=self.num_heads, block_m=step.block, alpha=self.scale, scale=1.0, cache=kv_cache, table=attn_metadata.table,
             )  # fmt: skip
         else:
             seen = paged_attention(

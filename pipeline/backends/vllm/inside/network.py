@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.pooler import Pooler
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from model.config import ModelConfig
 from model.embeddings import TokenEmbedding, TokenGate
 from model.heads import Heads
 from pipeline.backends.vllm.inside.attention import describe
@@ -34,7 +33,8 @@ class MtgrForRanking(nn.Module):
         super().__init__()
         hf_config = vllm_config.model_config.hf_config
         config, schema = hf_config.network, hf_config.features
-        refuse(config, vllm_config)
+        if config.layer != "hstu":
+            raise ValueError(f"vLLM serves layer=hstu, got {config.layer}; serve it with another engine")
         self.config, self.schema = config, schema
         self.embedding = TokenEmbedding(config, schema)
         self.token_gate = TokenGate(config.d_model) if config.token_gate else None
@@ -101,11 +101,3 @@ class CandidatePooler(Pooler):
             return [hidden_states[:1].expand(1, len(HEADS)) for _ in params]
         counts = [lengths_of(p.extra_kwargs[KEY]).candidates for p in params]
         return list(hidden_states[: sum(counts)].split(counts))
-
-
-def refuse(config: ModelConfig, vllm_config: Any) -> None:
-    """Raise ValueError for a model or a placement that this network does not know."""
-    if config.layer != "hstu":
-        raise ValueError(f"vLLM serves layer=hstu, got {config.layer}; serve it with another engine")
-    if (ranks := vllm_config.parallel_config.tensor_parallel_size) > 1:
-        raise ValueError(f"engine.tensor_parallel_size is 1: the norm after attention needs whole rows, got {ranks}; run one engine a GPU")

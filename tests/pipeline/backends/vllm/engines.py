@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ SETTINGS: Mapping[str, Any] = {
     "engine.max_num_batched_tokens": 1024,
     "engine.max_num_seqs": 16,
     "engine.kv_cache_memory_mib": 32,
+    "engine.gpu_memory_utilization": 0.2,  # several engines follow each other in one process
     "engine.enforce_eager": True,
     "engine.enable_prefix_caching": True,
 }
@@ -82,3 +84,4 @@ def open_engine(
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
+        gc.collect()

@@ -52,7 +52,6 @@ def test_the_type_is_named_and_never_left_to_vllm(precision: str) -> None:
         ({"engine.threads": 2}, "engine.threads is no setting of vLLM"),
         ({"build.precision": "int8"}, "build.precision is one of"),
         ({"engine.max_model_len": 512, "engine.max_num_batched_tokens": 256}, "max_num_batched_tokens must hold a whole request"),
-        ({"engine.tensor_parallel_size": 2}, "tensor_parallel_size is 1"),
         ({"engine.kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype is auto"),
         ({"engine.block_size": 8}, "block_size is a multiple of 16"),
     ],

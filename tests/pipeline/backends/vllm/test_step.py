@@ -8,8 +8,9 @@ import torch
 
 from model.jagged import pack_jagged
 from model.kernels import reference
+from model.kernels.tiles import ROWS
 from pipeline.backends.vllm.payload import Parts, decode, encode
-from pipeline.backends.vllm.step import BLOCK, Step, plan
+from pipeline.backends.vllm.step import SMALL, Step, plan
 from pipeline.contracts import RankingRequest
 from tests.factories import jagged_requests, random_request
 from tests.model.kernels.cases import DEVICE, TOLERANCE, distance
@@ -40,7 +41,7 @@ def test_rows_are_the_last_ones_of_whole_requests(seed: int, dynamic: bool) -> N
     rng = np.random.default_rng(seed)
     requests = jagged_requests(rng, 8)
     computed = [0] * len(requests) if seed == 0 else some_computed(rng, requests)
-    whole, step = pack_jagged(requests, None, BLOCK, dynamic=dynamic), stepped(requests, computed, dynamic)
+    whole, step = pack_jagged(requests, None, 64, dynamic=dynamic), stepped(requests, computed, dynamic)
     rows = kept(requests, computed).numpy()
     for name in ("kind", "limit"):
         np.testing.assert_array_equal(getattr(step, name).cpu(), whole[name][rows])
@@ -62,6 +63,12 @@ def test_only_events_that_make_rows_are_looked_up() -> None:
     assert [len(stepped(requests, [c]).event_ids) for c in (0, 2, 18, 32)] == [30, 30, 14, 0]
 
 
+def test_a_large_step_has_large_tiles() -> None:
+    requests = [random_request(np.random.default_rng(0), static=200, realtime=10, candidates=3)] * (SMALL // 215 + 1)
+    for step, block in ((stepped(requests[1:], [0] * (len(requests) - 1)), 64), (stepped(requests, [0] * len(requests)), 128)):
+        assert (step.block, int(step.tiles[:, ROWS].max())) == (block, block)
+
+
 @pytest.mark.parametrize(("computed", "scheduled"), [(33, 2), (0, 20), (16, 18)])
 def test_part_of_a_request_is_refused(computed: int, scheduled: int) -> None:
     request = random_request(np.random.default_rng(0), static=20, realtime=10, candidates=3)
@@ -79,7 +86,7 @@ def test_attention_over_pages_is_that_over_whole_requests(seed: int, last: bool,
     computed = some_computed(rng, requests)
     step, rows = stepped(requests, computed), kept(requests, computed)
     history, offered = [r.tokens - len(r.candidates) for r in requests], [len(r.candidates) for r in requests]
-    limit = torch.from_numpy(pack_jagged(requests, None, BLOCK)["limit"]).to(DEVICE)
+    limit = torch.from_numpy(pack_jagged(requests, None, 64)["limit"]).to(DEVICE)
     whole = torch.from_numpy(rng.normal(size=(3, len(limit), HEADS * WIDTH)).astype(np.float32)).to(DEVICE)
     wanted = reference.attention(*whole, history, offered, limit, heads=HEADS, alpha=0.2, scale=0.1)[rows.to(DEVICE)]
 
@@ -105,5 +112,5 @@ def test_attention_over_pages_is_that_over_whole_requests(seed: int, last: bool,
     assert distance(got, wanted) < 1e-12
 
     kernels = pytest.importorskip("model.kernels.attention", reason="Triton is not installed", exc_type=ImportError)
-    got = kernels.forward(q, k, v, tiles, limit, heads=HEADS, block_m=BLOCK, alpha=0.2, scale=0.1, cache=cache, table=table)
+    got = kernels.forward(q, k, v, tiles, limit, heads=HEADS, block_m=step.block, alpha=0.2, scale=0.1, cache=cache, table=table)
     assert distance(got, wanted) < TOLERANCE[torch.float32]
