@@ -112,20 +112,24 @@ class HistoryImpl(AttentionImpl):
         last = len(query) < len(key)
         count = sum(step.candidates) if last else len(step.kind)
         q, k, v = (x.flatten(1) for x in (query[:count], key[: len(step.kind)], value[: len(step.kind)]))
-        limit, tiles = (step.candidate_limit, step.candidate_tiles) if last else (step.limit, step.tiles)
-        if q.is_cuda:
-            from model.kernels.attention import forward as kernel
-
-            seen = kernel(
-                q, k, v, tiles, limit, heads=self.num_heads, block_m=step.block, alpha=self.scale, scale=1.0, cache=kv_cache, table=attn_metadata.table,
-            )  # fmt: skip
-        else:
-            seen = paged_attention(
-                q, k, v, kv_cache, attn_metadata.table, step.history, step.rows, step.candidates, limit,
-                heads=self.num_heads, alpha=self.scale, scale=1.0, last=last, dtype=torch.float32,
-            )  # fmt: skip
-        output[:count] = seen.view(count, self.num_heads, self.head_size)
+        attend = by_kernel if q.is_cuda else by_reference
+        output[:count] = attend(q, k, v, kv_cache, attn_metadata.table, step, last, self.num_heads, self.scale).view(count, self.num_heads, -1)
         return output
+
+
+def by_kernel(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor, step: Step, last: bool, heads: int, alpha: float) -> Tensor:
+    """Rows of `q` [Q, heads * width] attended to, on a GPU; `last` where they are the candidates' alone."""
+    from model.kernels.attention import forward  # needs Triton
+
+    limit, tiles = (step.candidate_limit, step.candidate_tiles) if last else (step.limit, step.tiles)
+    return forward(q, k, v, tiles, limit, heads=heads, block_m=step.block, alpha=alpha, scale=1.0, cache=cache, table=table)
+
+
+def by_reference(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor, step: Step, last: bool, heads: int, alpha: float) -> Tensor:
+    """The same by the kernel's slow double, in float32."""
+    limit = step.candidate_limit if last else step.limit
+    lengths = step.history, step.rows, step.candidates
+    return paged_attention(q, k, v, cache, table, *lengths, limit, heads=heads, alpha=alpha, scale=1.0, last=last, dtype=torch.float32)
 
 
 class HistoryAttention(Attention):

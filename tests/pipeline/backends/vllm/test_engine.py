@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from model.config import ModelConfig
 from model.oracle import oracle_scores
@@ -94,6 +95,37 @@ def test_one_user_many_times_in_one_step(engine: Engine) -> None:
     rng = np.random.default_rng(10)
     request = random_request(rng, static=40, realtime=20, candidates=4)
     assert worst(engine, [grown(rng, request, more, 3) for more in (0, 0, 4, 9, 30)]) < TOLERANCE
+
+
+def test_a_day_of_returning_users(tmp_path: Path) -> None:
+    """In lots of any size, each user's history a little longer each time, in a cache that holds some of them."""
+    rng = np.random.default_rng(17)
+    sizes = rng.integers(0, 60, (20, 2))
+    users = [random_request(rng, static=int(s), realtime=int(r), candidates=1) for s, r in sizes]
+    found = total = 0
+    with open_engine(tmp_path, raw={"num_gpu_blocks_override": 80}) as engine:
+        for _ in range(25):
+            chosen = rng.integers(0, len(users), int(rng.integers(1, 12))).tolist()
+            for user in chosen:
+                users[user] = grown(rng, users[user], int(rng.integers(0, 4)), int(rng.integers(1, 30)))
+            requests = [users[user] for user in chosen]
+            for request, answer in zip(requests, engine.score(requests), strict=True):
+                assert abs(answer.scores - oracle_scores(engine.model, request)).max() < TOLERANCE
+                found, total = found + answer.cached, total + request.tokens - len(request.candidates)
+    assert 0.3 < found / total < 0.95
+
+
+def test_the_kernel_in_its_interpreter(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from pipeline.backends.vllm.inside import attention
+
+    calls = []
+    monkeypatch.setattr(attention, "by_reference", lambda *args: calls.append(args) or attention.by_kernel(*args))
+    rng = np.random.default_rng(18)
+    first = random_request(rng, static=30, realtime=20, candidates=4)
+    for request in (first, grown(rng, first, 5, 70)):
+        assert worst(engine, [request, random_request(rng, static=0, realtime=0, candidates=2)]) < TOLERANCE
+    assert len(calls) == (0 if torch.cuda.is_available() else 2 * TINY.layers)
 
 
 def test_more_histories_than_the_cache_holds(tmp_path: Path) -> None:
