@@ -104,7 +104,7 @@ def test_a_day_of_returning_users(tmp_path: Path) -> None:
     users = [random_request(rng, static=int(s), realtime=int(r), candidates=1) for s, r in sizes]
     found = total = 0
     with open_engine(tmp_path, raw={"num_gpu_blocks_override": 80}) as engine:
-        for _ in range(25):
+        for _ in range(15):
             chosen = rng.integers(0, len(users), int(rng.integers(1, 12))).tolist()
             for user in chosen:
                 users[user] = grown(rng, users[user], int(rng.integers(0, 4)), int(rng.integers(1, 30)))
@@ -134,6 +134,16 @@ def test_more_histories_than_the_cache_holds(tmp_path: Path) -> None:
         requests = [random_request(rng, static=40, realtime=40, candidates=30) for _ in range(30)]
         for _ in range(2):
             assert worst(engine, requests) < TOLERANCE
+
+
+def test_candidates_never_push_a_history_out(tmp_path: Path) -> None:
+    rng = np.random.default_rng(19)
+    first = random_request(rng, static=30, realtime=48, candidates=3)
+    with open_engine(tmp_path, raw={"num_gpu_blocks_override": 20}) as engine:
+        engine.score([first])
+        for _ in range(10):  # 7 blocks each
+            engine.score([random_request(rng, static=0, realtime=0, candidates=100)])
+        assert engine.score([first])[0].cached == 80
 
 
 def test_without_prefix_caching_nothing_is_found(tmp_path: Path) -> None:
