@@ -51,7 +51,7 @@ def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) 
     if mib := int(settings.get("engine.kv_cache_memory_mib", 0)):
         args["kv_cache_memory_bytes"] = mib * MIB
     if "engine.cudagraph_capture_tokens" in settings:
-        args["compilation_config"] = _graphs(int(settings["engine.cudagraph_capture_tokens"]), args)
+        args.update(_graphs(int(settings["engine.cudagraph_capture_tokens"]), args))
     _check(args)
 
     from vllm.config import PoolerConfig
@@ -74,13 +74,15 @@ def capture_sizes(largest: int) -> list[int]:
 
 
 def _graphs(largest: int, args: Mapping[str, Any]) -> dict[str, Any]:
-    """What vLLM captures. Attention stays between the pieces, because its step is other every time; nothing at all with 0 rows."""
+    """What is captured: on one GPU whole steps, by `inside.graphs`; else by vLLM, whose graphs leave attention out. Nothing with 0 rows."""
     if largest < 0:
         raise SettingsError(f"engine.cudagraph_capture_tokens is 0, for no graphs, or the rows of the largest, got {largest}")
     largest = min(largest, int(args.get("max_num_batched_tokens", largest)))
-    if not largest:
-        return {"cudagraph_mode": "NONE"}
-    return {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": capture_sizes(largest)}
+    if args.get("tensor_parallel_size", 1) > 1:
+        pieces = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": capture_sizes(largest)} if largest else {"cudagraph_mode": "NONE"}
+        return {"compilation_config": pieces}
+    eager = bool(args.get("enforce_eager")) or not largest
+    return {"enforce_eager": True, "additional_config": {} if eager else {"capture": capture_sizes(largest)}}
 
 
 def _check(args: Mapping[str, Any]) -> None:

@@ -39,8 +39,6 @@ def test_every_setting_arrives() -> None:
     assert (args.model, args.dtype, args.kv_cache_memory_bytes) == ("served", "bfloat16", 32 * 2**20)
     assert args.enable_chunked_prefill is False
     assert args.runner == "pooling"
-    assert args.compilation_config.cudagraph_capture_sizes == capture_sizes(512)
-    assert args.compilation_config.cudagraph_mode.name == "PIECEWISE"
 
 
 def test_captured_sizes_waste_little() -> None:
@@ -55,9 +53,22 @@ def test_captured_sizes_waste_little() -> None:
 def test_graphs_reach_no_further_than_steps() -> None:
     pytest.importorskip("vllm", reason="vllm is not installed")
     settings = {"engine.cudagraph_capture_tokens": 8192, "engine.max_num_batched_tokens": 300}
-    assert engine_args(FOLDER, settings)["compilation_config"]["cudagraph_capture_sizes"][-1] == 300
-    assert engine_args(FOLDER, {"engine.cudagraph_capture_tokens": 0})["compilation_config"] == {"cudagraph_mode": "NONE"}
-    assert "compilation_config" not in engine_args(FOLDER, {})
+    assert engine_args(FOLDER, settings)["additional_config"] == {"capture": capture_sizes(300)}
+    for off in ({"engine.cudagraph_capture_tokens": 0}, {**settings, "engine.enforce_eager": True}):
+        assert engine_args(FOLDER, off)["additional_config"] == {}
+    assert "additional_config" not in engine_args(FOLDER, {})
+
+
+def test_vllm_captures_where_several_gpus_work() -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = {"engine.cudagraph_capture_tokens": 300, "engine.tensor_parallel_size": 2}
+    args = EngineArgs(**engine_args(FOLDER, settings))
+    assert args.compilation_config.cudagraph_capture_sizes == capture_sizes(300)
+    assert args.compilation_config.cudagraph_mode.name == "PIECEWISE"
+    none = engine_args(FOLDER, {**settings, "engine.cudagraph_capture_tokens": 0})
+    assert none["compilation_config"] == {"cudagraph_mode": "NONE"}
 
 
 @pytest.mark.parametrize("precision", DTYPES)

@@ -71,8 +71,8 @@ def test_a_history_as_long_as_the_step_is_another_history(engine: Engine, reques
     """Limits that count the rows of the step, not the request's tokens: right when nothing is cached, wrong with a hit."""
     plan = worker.plan
 
-    def by_rows(parts, computed, scheduled, device, *, dynamic):  # type: ignore[no-untyped-def]
-        step = plan(parts, computed, scheduled, device, dynamic=dynamic)
+    def by_rows(parts, computed, scheduled, device, **others):  # type: ignore[no-untyped-def]
+        step = plan(parts, computed, scheduled, device, **others)
         step.limit.sub_(computed[0])
         step.candidate_limit.sub_(computed[0])
         return step
@@ -106,7 +106,7 @@ def test_pages_in_fp8_are_refused(request_: RankingRequest, tmp_path: Path, monk
 
 def test_a_mask_that_is_not_the_models(engine: Engine, request_: RankingRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = worker.plan
-    monkeypatch.setattr(worker, "plan", lambda *args, dynamic: plan(*args, dynamic=not dynamic))
+    monkeypatch.setattr(worker, "plan", lambda *args, dynamic, **others: plan(*args, dynamic=not dynamic, **others))
     assert error(engine, request_) > WRONG
 
 
