@@ -93,5 +93,7 @@ def _check(args: Mapping[str, Any]) -> None:
         )
     if (size := int(args.get("block_size", 16))) < 16 or size % 16:
         raise SettingsError(f"engine.block_size is a multiple of 16, got {size}; vLLM would die on it later")
-    if str(args.get("kv_cache_dtype", "auto")).startswith("fp8"):
-        raise SettingsError(f"engine.kv_cache_dtype is auto: attention applies no scales of fp8 pages, got {args['kv_cache_dtype']}")
+    if (pages := args.get("kv_cache_dtype", "auto")) not in ("auto", "fp8"):
+        raise SettingsError(f"engine.kv_cache_dtype is auto or fp8, which is E4M3, got {pages}")
+    if pages == "fp8" and args["dtype"] == "float32":
+        raise SettingsError("engine.kv_cache_dtype=fp8 goes with rows of 16 bits, got build.precision=fp32; build in bf16 or keep auto")

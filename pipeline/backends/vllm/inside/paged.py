@@ -17,7 +17,7 @@ from model.jagged import TableRows
 from model.kernels import attention, pages
 from model.network import MTGR
 from model.packing import CANDIDATE
-from pipeline.backends.vllm.inside.attention import HistoryAttention
+from pipeline.backends.vllm.inside.attention import HistoryAttention, typed
 from pipeline.backends.vllm.step import Room, Step, views, words
 from pipeline.contracts import FeatureSchema
 
@@ -42,8 +42,7 @@ class PagedBlock(Block):
         cache = self.cached[0].kv_cache
         if not cache.numel():  # vLLM is still finding out how much memory there will be
             return torch.zeros_like(q)
-        if cache.dtype == torch.uint8:  # so vLLM calls fp8
-            cache = cache.view(torch.float8_e4m3fn)
+        cache = typed(cache)
         pages.write(k, v, mask.pages.slots, mask.kind, cache)
         splits = max(1, min(4, PROGRAMS // (self.heads * -(-len(q) // mask.block))))
         return attention.forward(
