@@ -34,7 +34,7 @@ NAMES = {
     "engine.kv_cache_dtype": "kv_cache_dtype",
 }
 """Settings vLLM knows by nearly the same name."""
-TRANSLATED = ("engine.dtype", "engine.kv_cache_memory_mib", "engine.cudagraph_capture_tokens")
+TRANSLATED = ("engine.dtype", "engine.kv_cache_memory_mib", "engine.cudagraph_capture_tokens", "engine.quantization")
 """Settings it knows otherwise, like `build.precision`."""
 
 
@@ -52,7 +52,11 @@ def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) 
         args["kv_cache_memory_bytes"] = mib * MIB
     if "engine.cudagraph_capture_tokens" in settings:
         args.update(_graphs(int(settings["engine.cudagraph_capture_tokens"]), args))
+    if quantised := str(settings.get("engine.quantization", "none")) != "none":
+        args["additional_config"] = {**args.get("additional_config", {}), "fp8": True}
     _check(args)
+    if quantised:
+        _check_quantised(str(settings["engine.quantization"]), args)
 
     from vllm.config import PoolerConfig
 
@@ -97,3 +101,13 @@ def _check(args: Mapping[str, Any]) -> None:
         raise SettingsError(f"engine.kv_cache_dtype is auto or fp8, which is E4M3, got {pages}")
     if pages == "fp8" and args["dtype"] == "float32":
         raise SettingsError("engine.kv_cache_dtype=fp8 goes with rows of 16 bits, got build.precision=fp32; build in bf16 or keep auto")
+
+
+def _check_quantised(how: str, args: Mapping[str, Any]) -> None:
+    """fp8 products are those of our kernels, whose norms write fp8 rows with their scales: vLLM's own would quantise in a pass of its own."""
+    if how != "fp8":
+        raise SettingsError(f"engine.quantization is none or fp8, got {how}")
+    if args["dtype"] != "bfloat16":
+        raise SettingsError(f"engine.quantization=fp8 goes with build.precision=bf16, got {args['dtype']}; build in bf16")
+    if args.get("tensor_parallel_size", 1) > 1:
+        raise SettingsError(f"engine.quantization=fp8 is for one GPU, got engine.tensor_parallel_size={args['tensor_parallel_size']}; set it to 1")

@@ -36,6 +36,8 @@ class MtgrForRanking(nn.Module):
         own = vllm_config.additional_config
         self.network: nn.Module
         self.kernels = own.get("kernels", current_platform.is_cuda()) and vllm_config.parallel_config.tensor_parallel_size == 1
+        if own.get("fp8") and not self.kernels:
+            raise ValueError("engine.quantization=fp8 needs the kernels, which run on a GPU; leave it at none here")
         if self.kernels:
             from pipeline.backends.vllm.inside.paged import PagedNetwork  # needs Triton
 

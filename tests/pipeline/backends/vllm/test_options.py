@@ -31,7 +31,7 @@ def test_every_setting_arrives() -> None:
         "engine.tensor_parallel_size": 1,
         "engine.kv_cache_dtype": "auto",
     }
-    values["engine.cudagraph_capture_tokens"] = 512
+    values |= {"engine.cudagraph_capture_tokens": 512, "engine.quantization": "fp8"}
     assert set(NAMES) | set(TRANSLATED) == {*values, "engine.dtype"}
     args = EngineArgs(**engine_args(FOLDER, {**values, "build.precision": "bf16", "quant.recipe": "none"}))
     for name, own in NAMES.items():
@@ -39,6 +39,7 @@ def test_every_setting_arrives() -> None:
     assert (args.model, args.dtype, args.kv_cache_memory_bytes) == ("served", "bfloat16", 32 * 2**20)
     assert args.enable_chunked_prefill is False
     assert args.runner == "pooling"
+    assert args.additional_config == {"fp8": True}  # and no graphs: SETTINGS enforce eager
 
 
 def test_captured_sizes_waste_little() -> None:
@@ -85,6 +86,9 @@ def test_the_type_is_named_and_never_left_to_vllm(precision: str) -> None:
         ({"build.precision": "int8"}, "build.precision is one of"),
         ({"engine.max_model_len": 512, "engine.max_num_batched_tokens": 256}, "max_num_batched_tokens must hold a whole request"),
         ({"engine.kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype is auto or fp8"),
+        ({"engine.quantization": "int8"}, "quantization is none or fp8"),
+        ({"engine.quantization": "fp8"}, "goes with build.precision=bf16"),
+        ({"engine.quantization": "fp8", "build.precision": "bf16", "engine.tensor_parallel_size": 2}, "is for one GPU"),
         ({"engine.kv_cache_dtype": "fp8"}, "goes with rows of 16 bits"),
         ({"engine.cudagraph_capture_tokens": -1}, "cudagraph_capture_tokens is 0"),
         ({"engine.block_size": 8}, "block_size is a multiple of 16"),

@@ -76,6 +76,23 @@ def test_half_precision(tmp_path: Path) -> None:
             assert 1e-5 < worst(engine, requests) < 4e-3
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter has no bf16, which fp8 comes with")
+@pytest.mark.parametrize("pages", ["auto", "fp8"])
+def test_products_in_fp8(pages: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    requests = [random_request(rng, static=40, realtime=20, candidates=30) for _ in range(2)]
+    changes = {"quantization": "fp8", "kv_cache_dtype": pages, "enforce_eager": False, "cudagraph_capture_tokens": 256}
+    with open_engine(tmp_path, precision="bf16", **changes) as engine:
+        for _ in range(2):
+            assert 1e-3 < worst(engine, requests) < 1e-1
+
+
+def test_products_in_fp8_are_refused_without_kernels(tmp_path: Path) -> None:
+    wanted = {"kernels": False, "fp8": True}
+    with pytest.raises(ValueError, match="needs the kernels"), open_engine(tmp_path, precision="bf16", raw={"additional_config": wanted}):
+        pass
+
+
 def test_half_precision_with_pages_in_fp8(tmp_path: Path) -> None:
     """The interpreter's rounding to fp8 is now and then by half a power of two too much."""
     rng = np.random.default_rng(4)
