@@ -45,7 +45,7 @@ def main() -> None:
         f"**{alone['ms']:.2f} ms** alone in bf16. Goals were 550 ({_verdict(rate / 550)}), 750 ({_verdict(32e3 / eight['ms'] / 750)}) and 3.0 ms ({_verdict(3.0 / alone['ms'])}).\n"
         f"- Half-precision residual rows bring bf16 to {32e3 / half['ms']:.0f}; fp8 with float32 residual rows and a scale a row reaches {32e3 / plain_fp8['ms']:.0f}.\n"
         + "".join(
-            f"- The engine itself, from request objects to scores, {r['precision']}{', half residual' if r['residual'] == 'half' else ''}: peak {r['peak_rps']:.0f} requests/s; "
+            f"- The engine itself, from request objects to scores, {r['precision']}{', half residual' if r['residual'] == 'half' else ''}, {r['inflight']} in flight: peak {r['peak_rps']:.0f} requests/s; "
             f"at {r['rate_rps']:.0f} open loop p50 {r['latency_ms/p50']:.1f}, p99 {r['latency_ms/p99']:.1f} ms; one at a time p50 {r['alone_ms/p50']:.2f}, p99 {r['alone_ms/p99']:.2f} ms.\n"
             for r in found["engine"]
         )
@@ -115,6 +115,7 @@ def main() -> None:
             [
                 "precision",
                 "residual rows",
+                "batches in flight",
                 "load s",
                 "peak requests/s",
                 "one at a time, p50 / p99 ms",
@@ -126,6 +127,7 @@ def main() -> None:
                 [
                     r["precision"],
                     r["residual"],
+                    str(r["inflight"]),
                     f"{r['load_s']:.0f}",
                     f"{r['peak_rps']:.0f}",
                     f"{r['alone_ms/p50']:.2f} / {r['alone_ms/p99']:.2f}",
@@ -136,8 +138,10 @@ def main() -> None:
                 for r in found["engine"]
             ],
         ),
-        "Large, random weights, full-length requests of 128 candidates, one batch in flight. The peak is 96 requests in flight; the open loop is Poisson at four fifths of it, latency from "
+        "Large, random weights, full-length requests of 128 candidates. The peak is 96 requests in flight; the open loop is Poisson at four fifths of it, latency from "
         "the intended arrival. Loading captures the graphs of every size.",
+        "A request alone, bf16, each row with what it adds to those above:",
+        table(["what", "ms"], [[r["what"], f"{r['ms']:.3f}"] for r in found["alone"]]),
         "## Where the milliseconds of large go",
         table(
             ["precision", "batch", "kernel", "calls", "ms"],
