@@ -22,6 +22,8 @@ from tests.factories import random_request
 from tests.pipeline.backends.vllm.engines import Engine, open_engine
 
 RIGHT, WRONG = 1e-4, 1e-3
+FP8 = 3e-2
+"""Of a score whose history has keys and values of three bits, beside bf16."""
 
 
 @pytest.fixture
@@ -71,8 +73,8 @@ def test_a_history_as_long_as_the_step_is_another_history(engine: Engine, reques
     """Limits that count the rows of the step, not the request's tokens: right when nothing is cached, wrong with a hit."""
     plan = worker.plan
 
-    def by_rows(parts, computed, scheduled, device, *, dynamic):  # type: ignore[no-untyped-def]
-        step = plan(parts, computed, scheduled, device, dynamic=dynamic)
+    def by_rows(parts, computed, scheduled, device, **others):  # type: ignore[no-untyped-def]
+        step = plan(parts, computed, scheduled, device, **others)
         step.limit.sub_(computed[0])
         step.candidate_limit.sub_(computed[0])
         return step
@@ -94,19 +96,28 @@ def test_without_a_salt_the_history_under_another_static_part_is_found(engine: E
     assert error(engine, longer, salted=False) > WRONG
 
 
-def test_pages_in_fp8_are_refused(request_: RankingRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"engine.kv_cache_dtype is auto"), open_engine(tmp_path, raw={"kv_cache_dtype": "fp8"}, precision="bf16"):
+def test_pages_in_fp8_are_bytes_to_vllm(request_: RankingRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_engine(tmp_path, kv_cache_dtype="fp8", precision="bf16") as engine:
+        assert 1e-4 < error(engine, request_) < FP8
+        assert 1e-4 < error(engine, request_) < FP8
+        if not torch.cuda.is_available():  # there the kernel sees to it that pages are of a type
+            monkeypatch.setattr(attention, "typed", lambda pages: pages)
+            with pytest.raises(RuntimeError, match="dtypes match"):
+                error(engine, replace(request_, user=(request_.user + 1) % 3))
+
+
+def test_pages_of_a_type_the_kernel_does_not_know_are_refused(tmp_path: Path) -> None:
+    """vLLM checks the backends that it chooses, and ours is given to it."""
+    with (
+        pytest.raises(ValueError, match=r"engine.kv_cache_dtype is auto"),
+        open_engine(tmp_path, raw={"kv_cache_dtype": "fp8_e5m2"}, precision="bf16"),
+    ):
         pass
-    if torch.cuda.is_available():
-        return  # a GPU's kernel does not look at the pages' type
-    monkeypatch.setattr(attention, "refuse", lambda *_: None)
-    with open_engine(tmp_path, raw={"kv_cache_dtype": "fp8"}, precision="bf16") as engine, pytest.raises(RuntimeError, match="dtypes match"):
-        engine.score([request_])
 
 
 def test_a_mask_that_is_not_the_models(engine: Engine, request_: RankingRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = worker.plan
-    monkeypatch.setattr(worker, "plan", lambda *args, dynamic: plan(*args, dynamic=not dynamic))
+    monkeypatch.setattr(worker, "plan", lambda *args, dynamic, **others: plan(*args, dynamic=not dynamic, **others))
     assert error(engine, request_) > WRONG
 
 
