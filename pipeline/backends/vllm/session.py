@@ -70,10 +70,10 @@ class VllmSession:
     ) -> None:
         """`arguments` as of `options.engine_args`; at most `queue_limit` requests are in the engine at once."""
         self._schema, self._max_seq_len, self._limit = schema, max_seq_len, queue_limit
-        self._totals = dict.fromkeys(("requests", "tokens", "cached_tokens", "rejected"), 0)
+        self._totals = dict.fromkeys(("requests", "tokens", "history_tokens", "cached_tokens", "rejected"), 0)
         self._names, self._lock = count(), threading.Lock()
         self._open: set[Future[Scores]] = set()
-        self._closed = False
+        self._closed, self._generation = False, 0
         self._loop = asyncio.new_event_loop()
         self._engine: Any
         self._dead: BaseException | None = None
@@ -100,12 +100,20 @@ class VllmSession:
                 future.set_exception(Overloaded(text))
                 return future
             self._open.add(future)
-            self._loop.call_soon_threadsafe(self._begin, request, future)
+            self._loop.call_soon_threadsafe(self._begin, request, future, self._generation)
         return future
 
     def counters(self) -> Mapping[str, float]:
-        """Totals since load: requests, tokens, those of them found in the cache, rejected."""
+        """Totals since load: requests, tokens, history_tokens (those before the candidates), cached_tokens (found, not computed), rejected."""
         return {"compilations": 0.0, **self._totals}
+
+    def forget(self) -> None:
+        """contracts.Remembering, by another salt. vLLM's own reset_prefix_cache refuses while any request runs, and a closed loop never stops.
+
+        What was kept stays in its pages and is given up first, least recently used, as room is needed: a pool in service is full of such histories.
+        """
+        with self._lock:
+            self._generation += 1
 
     def close(self) -> None:
         """Finish what is queued, end the engine's process. Idempotent."""
@@ -131,14 +139,14 @@ class VllmSession:
         self._loop.run_forever()
         self._loop.close()
 
-    def _begin(self, request: RankingRequest, future: Future[Scores]) -> None:
-        self._loop.create_task(self._answer(request, future))
+    def _begin(self, request: RankingRequest, future: Future[Scores], generation: int) -> None:
+        self._loop.create_task(self._answer(request, future, generation))
 
-    async def _answer(self, request: RankingRequest, future: Future[Scores]) -> None:
+    async def _answer(self, request: RankingRequest, future: Future[Scores], generation: int) -> None:
         try:
             if not future.set_running_or_notify_cancel():
                 return
-            scores = await self._score(request)
+            scores = await self._score(request, generation)
         except BaseException as error:
             if self._engine.errored:
                 self._dead = self._dead or error
@@ -151,14 +159,15 @@ class VllmSession:
         finally:
             self._leave(future)
 
-    async def _score(self, request: RankingRequest) -> Scores:
+    async def _score(self, request: RankingRequest, generation: int) -> Scores:
         prompt, last = encode(request), None
-        told = {"prompt_token_ids": prompt.token_ids, "cache_salt": prompt.salt}
+        told = {"prompt_token_ids": prompt.token_ids, "cache_salt": f"{generation}.{prompt.salt}"}
         async for output in self._engine.encode(told, _params(prompt.payload), str(next(self._names))):
             last = output
         assert last is not None, "vllm ends a request with its output"
         self._totals["requests"] += 1
         self._totals["tokens"] += request.tokens
+        self._totals["history_tokens"] += request.tokens - len(request.candidates)
         self._totals["cached_tokens"] += last.num_cached_tokens or 0
         scores = np.asarray(last.outputs.data, dtype=np.float32)
         if len(scores) != len(request.candidates):

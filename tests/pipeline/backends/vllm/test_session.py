@@ -14,6 +14,7 @@ from pipeline.backends.vllm import session as module
 from pipeline.backends.vllm.backend import BACKEND, LOAD
 from pipeline.backends.vllm.payload import decode
 from pipeline.backends.vllm.session import VllmSession
+from pipeline.contracts import Remembering
 from pipeline.errors import InvalidRequest, MachineError, Overloaded, SettingsError
 from tests.factories import SCHEMA, jagged_requests, random_request
 
@@ -27,8 +28,10 @@ class Engine:
         self.vllm_config = SimpleNamespace(cache_config=cache, scheduler_config=scheduler, model_config=SimpleNamespace(dtype="torch.bfloat16"))
         self.gate, self.fault, self.errored, self.ended = asyncio.Event(), None, False, 0
         self.gate.set()
+        self.salts: list[str] = []
 
     async def encode(self, prompt: dict[str, Any], payload: bytes, name: str) -> AsyncGenerator[Any, None]:
+        self.salts.append(prompt["cache_salt"])
         await self.gate.wait()
         if self.fault:
             raise self.fault
@@ -68,6 +71,22 @@ def test_scores_come_back_and_are_counted(made: tuple[VllmSession, Engine]) -> N
         np.testing.assert_array_equal(scores[:, 0], request.candidates[:, 0])
     counters = session.counters()
     assert (counters["requests"], counters["tokens"], counters["cached_tokens"]) == (4, sum(r.tokens for r in requests), 12)
+    assert counters["history_tokens"] == sum(r.tokens - len(r.candidates) for r in requests)
+
+
+def test_what_was_kept_lies_under_another_salt_once_forgotten(made: tuple[VllmSession, Engine]) -> None:
+    session, engine = made
+    request = random_request(np.random.default_rng(0))
+    assert isinstance(session, Remembering)
+    hold(session, engine, True)
+    futures = [session.submit(request), session.submit(request)]
+    session.forget()  # while they are under way
+    futures.append(session.submit(request))
+    hold(session, engine, False)
+    for future in futures:
+        future.result(10)
+    first, second, third = engine.salts
+    assert first == second != third
 
 
 def test_settings_are_those_of_the_engine(made: tuple[VllmSession, Engine]) -> None:
