@@ -163,6 +163,8 @@ class _Trial:
         try:
             if wrong := ignored(self.order.settings, session.effective):
                 raise SettingsError(f"{backend.name} does not run as asked: {'; '.join(wrong)}")
+            if capacity := session.effective.get("engine.kv_capacity_tokens"):
+                self.metrics["kv_cache/capacity_tokens"] = float(capacity)
             self._check(session, key, began)
             self._measure(session)
             if (held := _gpu_memory_mib() - others_mib) > 0:  # nothing where there is no GPU, or the engine uses none

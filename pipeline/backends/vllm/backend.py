@@ -1,21 +1,44 @@
-"""vLLM as an engine of ours: a folder it can open, and its asynchronous engine behind a session."""
+"""vLLM's V1 engine: histories' K/V is kept in pages and found again when a user returns; the only engine here that remembers anybody.
+
+Its front end runs in this process, its core and its worker in others. Settings carry vLLM's own names (`options`); whether vLLM takes them together
+only vLLM knows, so it is asked, and what it refuses is the settings' fault in its words.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
 
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.vllm import options
-from pipeline.backends.vllm.session import VllmSession
+from pipeline.backends.vllm.payload import KEY
+from pipeline.backends.vllm.session import Engine, VllmSession
+from pipeline.backends.vllm.words import Words
 from pipeline.contracts import Settings
 from pipeline.environment import own_interpreter
-from pipeline.errors import SettingsError
+from pipeline.errors import AutotuneError, SettingsError, UserError
+
+if TYPE_CHECKING:
+    from vllm import PoolingParams
 
 SERVED = "served"
+ENVIRONMENT: Mapping[str, str] = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would inherit a used CUDA context
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # nothing is sampled, and looking for the sampler fails where flashinfer is missing
+}
+"""Of this process while an engine starts; its processes inherit it."""
+CLOSE_S = 5.0
+"""How long processes that an engine left behind may take to end by themselves."""
 
 BUILD: Mapping[str, Knob] = {"build.precision": Knob(default="fp32", options=tuple(options.DTYPES))}
 LOAD: Mapping[str, Knob] = {
@@ -48,24 +71,109 @@ class Vllm:
         return None if not asked.returncode else f"{python} cannot import it: {asked.stderr.strip()[-300:]}; {GET_IT}"
 
     def build(self, checkpoint: Path, settings: Settings, out: Path) -> None:
-        """The folder that vLLM opens, then engine.json. Raises SettingsError, or CheckpointError where the checkpoint is broken."""
+        """The folder that vLLM opens, then engine.json; weights stay float32, and vLLM casts them. Raises SettingsError or CheckpointError."""
         settled = settle(self.name, settings, BUILD)
         from model.checkpoint import read_config
         from pipeline.backends.vllm import served
 
-        served.write(checkpoint, out / SERVED)
         config, schema = read_config(checkpoint)
         if config.layer != "hstu":
             raise SettingsError(f"{self.name} runs models of layer=hstu, this one is {config.layer}; choose another engine")
+        served.write(checkpoint, out / SERVED)
         engine.EngineFile(backend=self.name, settings=settled, schema=schema, max_seq_len=config.max_seq_len).write(out)
 
     def load(self, folder: Path, settings: Settings) -> VllmSession:
-        """Start vLLM's engine in a process of its own. Raises SettingsError with vLLM's words where it refuses."""
+        """Start the engine's processes. Raises SettingsError, ArtifactError, MachineError, or UserError where vLLM is not installed."""
         settled = settle(self.name, settings, LOAD)
         built = engine.read(folder, self.name)
-        known = {name: value for name, value in settled.items() if name.startswith("engine.")}
-        arguments = options.engine_args(folder / SERVED, {**built.settings, **known, **FIXED, "engine.max_model_len": built.max_seq_len})
-        return VllmSession(arguments, schema=built.schema, max_seq_len=built.max_seq_len, queue_limit=int(settled["serve.queue_limit"]))
+        if not find_spec("vllm"):
+            raise UserError(f"vllm is not installed in this interpreter; {GET_IT}")
+        asked: Settings = {**built.settings, **settled, **FIXED, "engine.max_model_len": built.max_seq_len}
+        words, before = Words(), _below()
+        left: set[psutil.Process] = set()
+
+        def close() -> None:
+            _end(left | (_below() - before))
+
+        def start() -> Engine:
+            return _start(folder / SERVED, asked)
+
+        with _environment({**ENVIRONMENT, "VLLM_LOGGING_CONFIG_PATH": str(words.config)}):
+            try:
+                session = VllmSession(
+                    start,
+                    _params,
+                    schema=built.schema,
+                    max_seq_len=built.max_seq_len,
+                    queue_limit=int(settled["serve.queue_limit"]),
+                    died=words.sorted_by_fault,
+                    on_close=close,
+                )
+            except BaseException as error:
+                told = error if isinstance(error, (AutotuneError, KeyboardInterrupt)) else words.sorted_by_fault(error)
+                close()
+                raise told from error
+        left |= _below() - before
+        return session
 
 
 BACKEND = Vllm()
+
+
+def _start(served: Path, settings: Settings) -> Engine:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from pipeline.backends.vllm import plugin
+
+    plugin.register()
+    if reason := plugin.check():
+        raise RuntimeError(reason)
+    # Its counts for dashboards are not wanted, and take time in every step.
+    arguments = options.engine_args(served, {name: value for name, value in settings.items() if not name.startswith("serve.")})
+    made: Engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, disable_log_stats=True))
+    return made
+
+
+def _params(payload: bytes) -> PoolingParams:
+    from vllm import PoolingParams
+
+    # Unless told otherwise, a request of this task does not look into the cache.
+    return PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={KEY: payload})
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _below() -> set[psutil.Process]:
+    """Processes below this one, but for Python's own tracker, which lives as long as this one."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if not any("resource_tracker" in word for word in process.cmdline()):
+                found.add(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """Wait for these to end, and kill what does not: a worker outlives a core that was killed."""
+    _, alive = psutil.wait_procs(processes, CLOSE_S)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, CLOSE_S)
