@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import search_spaces
+from pipeline import interpreters
 from pipeline.cache import Cache, digest
 from pipeline.config import TuneConfig
 from pipeline.contracts import Settings
-from pipeline.environment import fingerprint, own_interpreter
+from pipeline.environment import fingerprint
 from pipeline.errors import CheckpointError, UserError
 from pipeline.launcher import Line, LocalLauncher
 from pipeline.records import Order, read_json
@@ -157,7 +158,7 @@ def order(
             "workload": "confirm_workload.npz" if confirming else "workload.npz",
         },
         seed=config.workload.seed + confirming,
-        python=str((config.backends.get(backend) or {}).get("python", "")) or own_interpreter(backend),
+        python=interpreters.of(config.backends, backend),
     )
 
 

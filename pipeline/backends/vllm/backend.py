@@ -7,7 +7,6 @@ only vLLM knows, so it is asked, and what it refuses is the settings' fault in i
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -23,7 +22,6 @@ from pipeline.backends.vllm.payload import KEY
 from pipeline.backends.vllm.session import Engine, VllmSession
 from pipeline.backends.vllm.words import Words
 from pipeline.contracts import Settings
-from pipeline.environment import own_interpreter
 from pipeline.errors import AutotuneError, SettingsError, UserError
 
 if TYPE_CHECKING:
@@ -62,13 +60,8 @@ class Vllm:
     name = "vllm"
 
     def unavailable(self) -> str | None:
-        """Why this machine cannot run it, in this interpreter or in the one that `make vllm-env` makes; None when it can."""
-        if find_spec("vllm"):
-            return None
-        if not (python := own_interpreter(self.name)):
-            return f"vllm is not installed; {GET_IT}"
-        asked = subprocess.run([python, "-c", "import vllm, pipeline.backends.vllm"], capture_output=True, text=True, check=False)
-        return None if not asked.returncode else f"{python} cannot import it: {asked.stderr.strip()[-300:]}; {GET_IT}"
+        """Why this interpreter cannot run it; None when it can. Whether another one can is `pipeline.interpreters`' business."""
+        return None if find_spec("vllm") else f"vllm is not installed here; {GET_IT}"
 
     def build(self, checkpoint: Path, settings: Settings, out: Path) -> None:
         """The folder that vLLM opens, then engine.json; weights stay float32, and vLLM casts them. Raises SettingsError or CheckpointError."""
@@ -86,8 +79,8 @@ class Vllm:
         """Start the engine's processes. Raises SettingsError, ArtifactError, MachineError, or UserError where vLLM is not installed."""
         settled = settle(self.name, settings, LOAD)
         built = engine.read(folder, self.name)
-        if not find_spec("vllm"):
-            raise UserError(f"vllm is not installed in this interpreter; {GET_IT}")
+        if reason := self.unavailable():
+            raise UserError(reason)
         asked: Settings = {**built.settings, **settled, **FIXED, "engine.max_model_len": built.max_seq_len}
         words, before = Words(), _below()
         left: set[psutil.Process] = set()
