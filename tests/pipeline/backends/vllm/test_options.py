@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from model.checkpoint import WEIGHTS, save
 from pipeline.backends.vllm import served
-from pipeline.backends.vllm.options import DTYPES, NAMES, engine_args
+from pipeline.backends.vllm.options import DTYPES, NAMES, TRANSLATED, capture_sizes, engine_args
 from pipeline.errors import CheckpointError, SettingsError
 from tests.model.lively import lively_model
 from tests.pipeline.backends.vllm.engines import SETTINGS, TINY
@@ -30,13 +31,33 @@ def test_every_setting_arrives() -> None:
         "engine.tensor_parallel_size": 1,
         "engine.kv_cache_dtype": "auto",
     }
-    assert set(NAMES) | {"engine.kv_cache_memory_mib"} == set(values)
+    values["engine.cudagraph_capture_tokens"] = 512
+    assert set(NAMES) | set(TRANSLATED) == {*values, "engine.dtype"}
     args = EngineArgs(**engine_args(FOLDER, {**values, "build.precision": "bf16", "quant.recipe": "none"}))
     for name, own in NAMES.items():
         assert getattr(args, own) == values[name], name
     assert (args.model, args.dtype, args.kv_cache_memory_bytes) == ("served", "bfloat16", 32 * 2**20)
     assert args.enable_chunked_prefill is False
     assert args.runner == "pooling"
+    assert args.compilation_config.cudagraph_capture_sizes == capture_sizes(512)
+    assert args.compilation_config.cudagraph_mode.name == "PIECEWISE"
+
+
+def test_captured_sizes_waste_little() -> None:
+    sizes = capture_sizes(8192)
+    assert (sizes[-1], len(sizes)) == (8192, 53)
+    assert all(after <= before * 9 / 8 for before, after in pairwise(sizes) if before >= 128)
+    for rows, captured in ((128, 128), (129, 144), (32 * 128, 4096), (32 * 144, 4608)):
+        assert next(size for size in sizes if size >= rows) == captured
+    assert capture_sizes(100) == [16, 32, 64, 96, 100]
+
+
+def test_graphs_reach_no_further_than_steps() -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    settings = {"engine.cudagraph_capture_tokens": 8192, "engine.max_num_batched_tokens": 300}
+    assert engine_args(FOLDER, settings)["compilation_config"]["cudagraph_capture_sizes"][-1] == 300
+    assert engine_args(FOLDER, {"engine.cudagraph_capture_tokens": 0})["compilation_config"] == {"cudagraph_mode": "NONE"}
+    assert "compilation_config" not in engine_args(FOLDER, {})
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -53,6 +74,7 @@ def test_the_type_is_named_and_never_left_to_vllm(precision: str) -> None:
         ({"build.precision": "int8"}, "build.precision is one of"),
         ({"engine.max_model_len": 512, "engine.max_num_batched_tokens": 256}, "max_num_batched_tokens must hold a whole request"),
         ({"engine.kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype is auto"),
+        ({"engine.cudagraph_capture_tokens": -1}, "cudagraph_capture_tokens is 0"),
         ({"engine.block_size": 8}, "block_size is a multiple of 16"),
     ],
 )
