@@ -135,8 +135,8 @@ def quantise_all(config: TuneConfig, on_line: Line | None = None) -> dict[str, P
 
 def spaces(config: TuneConfig, engines: tuple[str, ...]) -> dict[str, Space]:
     """The search spaces of these engines on this machine, with the user's knobs pinned."""
-    cores = int(fingerprint()["cores"])
-    return pin({name: search_spaces.of(name, cores) for name in engines}, config.settings)
+    cores, gpu = int(fingerprint()["cores"]), fingerprint()["gpu"] != "none"
+    return pin({name: search_spaces.of(name, cores, gpu) for name in engines}, config.settings)
 
 
 def order(

@@ -137,6 +137,15 @@ def test_what_an_engines_cache_can_hold_is_among_the_figures(root: Path, monkeyp
     assert found.metrics["kv_cache/capacity_tokens"] == 4096
 
 
+def test_an_engine_is_known_by_all_that_changes_its_scores(root: Path) -> None:
+    def key(**settings: bool | int | float | str) -> str:
+        return trial.engine_key(trial.read_order(make_trial(root, {name.replace("__", "."): value for name, value in settings.items()}, name="0011")))
+
+    assert key(engine__threads=2, serve__queue_limit=7) == key()
+    different = {key(), key(build__precision="bf16"), key(engine__kv_cache_dtype="fp8"), key(engine__quantization="fp8")}
+    assert len(different) == 4
+
+
 def test_a_bug_of_ours_is_failed_with_its_traceback_in_the_log(root: Path) -> None:
     folder = make_trial(root, {"engine.fault": "bug"}, name="0006")
     found = launcher(root).trial(folder)

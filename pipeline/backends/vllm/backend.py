@@ -40,17 +40,22 @@ CLOSE_S = 5.0
 
 BUILD: Mapping[str, Knob] = {"build.precision": Knob(default="fp32", options=tuple(options.DTYPES))}
 LOAD: Mapping[str, Knob] = {
-    "engine.block_size": Knob(default=16, options=(16, 32, 64, 128)),
-    "engine.max_num_seqs": Knob(default=64, low=1, high=4096),
+    "engine.block_size": Knob(default=16, low=16),
+    "engine.max_num_seqs": Knob(default=128, low=1),
     "engine.max_num_batched_tokens": Knob(default=8192, low=16),
-    "engine.gpu_memory_utilization": Knob(default=0.5, low=0.05, high=0.95),
+    "engine.gpu_memory_utilization": Knob(default=0.9, low=0.01, high=1.0),
+    "engine.kv_cache_memory_mib": Knob(default=0, low=1, zero=True),
+    "engine.kv_cache_dtype": Knob(default="auto", options=("auto", "fp8")),
     "engine.enable_prefix_caching": Knob(default=True, options=(True, False)),
     "engine.prefix_caching_hash_algo": Knob(default="sha256", options=("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")),
     "engine.async_scheduling": Knob(default=False, options=(True, False)),
+    "engine.enforce_eager": Knob(default=False, options=(True, False)),
+    "engine.cudagraph_capture_tokens": Knob(default=512, low=1, zero=True),
+    "engine.quantization": Knob(default="none", options=("none", "fp8")),
+    "engine.tensor_parallel_size": Knob(default=1, options=(1, 2, 4, 8)),
     "serve.queue_limit": SERVE["serve.queue_limit"],
 }
-FIXED: Settings = {"engine.enforce_eager": True}
-"""Shapes change with every step, and nothing of the network is traced."""
+"""A pool of 0 MiB is sized by gpu_memory_utilization; any other size overrides it. Graphs are captured only where enforce_eager is off."""
 GET_IT = "pip install .[gpu] on a machine with a GPU; `make vllm-env` makes an interpreter with vLLM for CPUs"
 
 
@@ -81,7 +86,7 @@ class Vllm:
         built = engine.read(folder, self.name)
         if reason := self.unavailable():
             raise UserError(reason)
-        asked: Settings = {**built.settings, **settled, **FIXED, "engine.max_model_len": built.max_seq_len}
+        asked: Settings = {**built.settings, **settled, "engine.max_model_len": built.max_seq_len}
         words, before = Words(), _below()
         left: set[psutil.Process] = set()
 

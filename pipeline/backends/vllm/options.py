@@ -34,7 +34,7 @@ NAMES = {
     "engine.kv_cache_dtype": "kv_cache_dtype",
 }
 """Settings vLLM knows by nearly the same name."""
-TRANSLATED = ("engine.dtype", "engine.kv_cache_memory_mib", "engine.cudagraph_capture_tokens")
+TRANSLATED = ("engine.dtype", "engine.kv_cache_memory_mib", "engine.cudagraph_capture_tokens", "engine.quantization")
 """Settings it knows otherwise, like `build.precision`."""
 
 
@@ -50,6 +50,8 @@ def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) 
     args["dtype"] = DTYPES[precision]  # vLLM's own choice for pooling is fp16, which loses small scores
     if mib := int(settings.get("engine.kv_cache_memory_mib", 0)):
         args["kv_cache_memory_bytes"] = mib * MIB
+    if (quantization := str(settings.get("engine.quantization", "none"))) != "none":
+        args["quantization"] = quantization
     if "engine.cudagraph_capture_tokens" in settings:
         args["compilation_config"] = _graphs(int(settings["engine.cudagraph_capture_tokens"]), args)
     _check(args)

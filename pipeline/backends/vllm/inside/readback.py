@@ -18,6 +18,7 @@ from pipeline.backends.vllm.options import DTYPES, MIB, NAMES
 def settings(config: Any, caches: list[torch.Tensor]) -> dict[str, Any]:
     """Of a worker's VllmConfig and its layers' pages [blocks, 2, page, heads, width]."""
     cache, scheduler, model, compilation = config.cache_config, config.scheduler_config, config.model_config, config.compilation_config
+    graphs = compilation.cudagraph_capture_sizes if compilation.cudagraph_mode is not None and compilation.cudagraph_mode.name != "NONE" else ()
     homes = (cache, scheduler, model, config.parallel_config)
     renamed = {"kv_cache_dtype": "cache_dtype"}
     found: dict[str, Any] = {}
@@ -31,6 +32,8 @@ def settings(config: Any, caches: list[torch.Tensor]) -> dict[str, Any]:
         "build.precision": precision,
         "engine.async_scheduling": bool(found["engine.async_scheduling"]),
         "engine.kv_cache_memory_mib": (cache.kv_cache_memory_bytes or 0) // MIB,
+        "engine.cudagraph_capture_tokens": max(graphs or (0,)),
+        "engine.quantization": model.quantization or "none",
         "engine.cudagraph_mode": compilation.cudagraph_mode.name if compilation.cudagraph_mode is not None else "NONE",
         "engine.compilation": compilation.mode.name if compilation.mode is not None else "NONE",
         "engine.attention_backend": config.attention_config.backend.name if config.attention_config.backend else "auto",

@@ -19,7 +19,6 @@ from model.oracle import oracle_scores
 from pipeline.backends import registry
 from pipeline.backends.tolerance import SCORE
 from pipeline.backends.vllm import backend as adapter
-from pipeline.backends.vllm import options
 from pipeline.backends.vllm.session import VllmSession
 from pipeline.contracts import Settings
 from pipeline.errors import MachineError, SettingsError
@@ -28,7 +27,7 @@ from tests.model.lively import lively_model
 from tests.pipeline.backends.vllm.engines import TINY
 
 BACKEND = registry.get("vllm")
-SETTINGS: Settings = {"engine.max_num_batched_tokens": 2048, "engine.gpu_memory_utilization": 0.1}
+SETTINGS: Settings = {"engine.max_num_batched_tokens": 1024, "engine.kv_cache_memory_mib": 32, "engine.enforce_eager": True}
 
 
 def built(folder: Path, config: ModelConfig = TINY, precision: str = "fp32") -> Path:
@@ -53,7 +52,7 @@ def test_a_returning_users_history_is_found_until_it_is_forgotten(tmp_path: Path
         assert started
         assert session.effective["build.precision"] == "bf16"
         assert session.effective["engine.kv_page_dtype"] == "bfloat16"
-        assert int(session.effective["engine.kv_capacity_tokens"]) >= 2048
+        assert session.effective["engine.kv_capacity_tokens"] == 2**25 // (2 * TINY.layers * TINY.d_model * 2) // 16 * 16
         expected, blocks, found = oracle_scores(lively_model(TINY), request), 62 // 16 * 16, []
         for _ in range(2):
             for _ in range(2):
@@ -85,12 +84,11 @@ def test_what_its_worker_refuses_is_told_in_the_workers_words(tmp_path: Path) ->
     assert adapter._below() == before
 
 
-def test_memory_that_is_not_there_is_the_settings_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_not_there_is_the_settings_fault(tmp_path: Path) -> None:
     before = adapter._below()
-    engine = built(tmp_path)
-    monkeypatch.setitem(options.FIXED, "kv_cache_memory_bytes", 2**12)
-    with pytest.raises(SettingsError, match=r"out of memory under these settings: .*KV cache"):
-        load(engine)
+    engine = built(tmp_path, replace(TINY, layers=3, max_seq_len=1024))
+    with pytest.raises(SettingsError, match=r"out of memory under these settings: .*KV cache is needed"):
+        load(engine, kv_cache_memory_mib=1, max_num_batched_tokens=2048)
     assert adapter._below() == before
 
 

@@ -31,12 +31,14 @@ def test_every_setting_arrives() -> None:
         "engine.tensor_parallel_size": 1,
         "engine.kv_cache_dtype": "auto",
     }
-    values["engine.cudagraph_capture_tokens"] = 512
+    values |= {"engine.cudagraph_capture_tokens": 512, "engine.quantization": "fp8"}
     assert set(NAMES) | set(TRANSLATED) == {*values, "engine.dtype"}
     args = EngineArgs(**engine_args(FOLDER, {**values, "build.precision": "bf16", "quant.recipe": "none"}))
     for name, own in NAMES.items():
         assert getattr(args, own) == values[name], name
     assert (args.model, args.dtype, args.kv_cache_memory_bytes) == ("served", "bfloat16", 32 * 2**20)
+    assert args.quantization == "fp8"
+    assert EngineArgs(**engine_args(FOLDER, {"engine.quantization": "none"})).quantization is None
     assert args.enable_chunked_prefill is False
     assert args.runner == "pooling"
     assert args.compilation_config.cudagraph_capture_sizes == capture_sizes(512)
