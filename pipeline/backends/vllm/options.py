@@ -17,7 +17,7 @@ FIXED: dict[str, Any] = {
     "runner": "pooling",  # scores are pooled from a request's rows; nothing is generated
     "skip_tokenizer_init": True,  # prompts are token ids that only name tokens
     "enable_chunked_prefill": False,  # a request's static tokens and candidates are computed in one step (see `step`)
-    "worker_cls": "pipeline.backends.vllm.inside.worker.MtgrWorker",  # brings the features
+    "worker_cls": "pipeline.backends.vllm.inside.readback.ToldWorker",  # brings the features, and says what it runs
     "attention_backend": "CUSTOM",  # what vLLM says it runs; the layers bring theirs by themselves (see `inside.attention`)
 }
 NAMES = {
@@ -50,6 +50,8 @@ def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) 
     args["dtype"] = DTYPES[precision]  # vLLM's own choice for pooling is fp16, which loses small scores
     if mib := int(settings.get("engine.kv_cache_memory_mib", 0)):
         args["kv_cache_memory_bytes"] = mib * MIB
+    if (quantization := str(settings.get("engine.quantization", "none"))) != "none":
+        args["quantization"] = quantization
     if "engine.cudagraph_capture_tokens" in settings:
         args.update(_graphs(int(settings["engine.cudagraph_capture_tokens"]), args))
     if quantised := str(settings.get("engine.quantization", "none")) != "none":
