@@ -50,8 +50,6 @@ def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) 
     args["dtype"] = DTYPES[precision]  # vLLM's own choice for pooling is fp16, which loses small scores
     if mib := int(settings.get("engine.kv_cache_memory_mib", 0)):
         args["kv_cache_memory_bytes"] = mib * MIB
-    if (quantization := str(settings.get("engine.quantization", "none"))) != "none":
-        args["quantization"] = quantization
     if "engine.cudagraph_capture_tokens" in settings:
         args.update(_graphs(int(settings["engine.cudagraph_capture_tokens"]), args))
     if quantised := str(settings.get("engine.quantization", "none")) != "none":
