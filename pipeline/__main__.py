@@ -6,6 +6,7 @@ without a traceback (exit 2); anything else that escapes is a bug of ours and ke
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -132,18 +133,24 @@ def export(arguments: Sequence[str]) -> int:
 
 def serve(arguments: Sequence[str]) -> int:
     """Serve an artifact over HTTP: serve ARTIFACT [HOST] [PORT]."""
-    # In its own process, because this one may not load engines.
+    # In its own process, because this one may not load engines, and in the interpreter that has this one.
+    from pipeline import artifact, interpreters
+
+    python = sys.executable
+    with contextlib.suppress(UserError, IndexError):  # no artifact, or none named: the server says it better
+        python = interpreters.of({}, artifact.read_manifest(Path(arguments[0])).backend) or python
     environment = {
         "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
     }
-    os.execve(sys.executable, [sys.executable, "-m", "pipeline.serve", *arguments], environment)
+    os.execve(python, [python, "-m", "pipeline.serve", *arguments], environment)
 
 
 def doctor(arguments: Sequence[str]) -> int:
     """Say what this machine can run and how to get the rest."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from pipeline.config import compose
@@ -151,8 +158,8 @@ def doctor(arguments: Sequence[str]) -> int:
 
     config, _ = compose(arguments, "doctor")
     table = Table("", "", "", box=None, show_header=False)
-    for finding in examine(Path(config.paths.runs)):
-        table.add_row("[green]yes[/]" if finding.ok else "[yellow]no[/]", finding.name, finding.detail)
+    for finding in examine(Path(config.paths.runs), config.backends):
+        table.add_row("[green]yes[/]" if finding.ok else "[yellow]no[/]", finding.name, escape(finding.detail))
     Console().print(table)
     return 0
 

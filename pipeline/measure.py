@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import machine
-from pipeline.contracts import RankingRequest, Scores, Session
+from pipeline.contracts import RankingRequest, Remembering, Scores, Session
 from pipeline.errors import MachineError, Overloaded, SettingsError
 
 FloatArray = NDArray[np.float64]
@@ -121,7 +121,7 @@ def open_loop(session: Session, requests: Sequence[RankingRequest]) -> Window:
 
 
 def closed_loop(session: Session, requests: Sequence[RankingRequest], concurrency: int, seconds: float) -> Peak:
-    """Keep `concurrency` requests in flight for that long, going through the list over and over."""
+    """Keep `concurrency` requests in flight for that long, going through the list over and over, each time as if for the first time."""
     concurrency = min(concurrency, int(session.effective.get("serve.queue_limit", concurrency)))
     slots = threading.Semaphore(concurrency)
     finished: list[tuple[float, float]] = []
@@ -134,6 +134,8 @@ def closed_loop(session: Session, requests: Sequence[RankingRequest], concurrenc
     before = dict(session.counters())
     start = time.perf_counter()
     for i in count():
+        if i % len(requests) == 0:
+            _forget(session)
         slots.acquire()
         if (sent := time.perf_counter()) - start >= seconds:
             break
@@ -196,6 +198,7 @@ def timed_window(
         compiled = 0.0
         try:
             open_loop(session, preroll)
+            _forget(session)
             window = open_loop(session, requests)
             compiled = window.counters.get("compilations", 0.0)
             reason = spoilt(window, late_limit_ms) or machine.disturbance(before, read(), foreign_share, steal_share)
@@ -238,6 +241,14 @@ def _overloaded(refused: Sequence[Future[Scores]], rate: float, waiting: int, li
             raise error
     how = "a request was turned away" if refused else f"{waiting} requests were waiting, {limit} at most may"
     raise SettingsError(f"overloaded at {rate:.1f} requests/s: {how} after {seconds:.1f} s; these settings cannot keep up with the offered load")
+
+
+def _forget(session: Session) -> None:
+    """Before a list is played. Its returning users have their first visits in it, and are found again as they will be in service; that anybody else
+    returns, because the list is played twice or was the warm-up's, is of our making.
+    """
+    if isinstance(session, Remembering):
+        session.forget()
 
 
 def _delta(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

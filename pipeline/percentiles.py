@@ -8,6 +8,7 @@ saturation; what a study decides on also clears the noise floor and fresh confir
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,7 @@ def figures(window: Window) -> tuple[dict[str, float], dict[str, tuple[float, fl
         "window/requests": float(len(latency)),
     }
     metrics |= {f"window/{name}": window.counters.get(name, 0.0) for name in ("compilations", "batches", "rejected")}
+    metrics |= _found("window", window.counters)
     intervals = {}
     for name, share in SHARES.items():
         if len(latency) >= samples_needed(share):
@@ -72,4 +74,11 @@ def figures(window: Window) -> tuple[dict[str, float], dict[str, tuple[float, fl
 def peak_figures(peak: Peak) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Metric and 95 % interval of a closed loop, from its ten slices."""
     half = T_9 * float(peak.per_slice_rps.std(ddof=1)) / math.sqrt(len(peak.per_slice_rps))
-    return {"throughput_rps/peak": peak.rate_rps}, {"throughput_rps/peak": (max(0.0, peak.rate_rps - half), peak.rate_rps + half)}
+    metrics = {"throughput_rps/peak": peak.rate_rps, **_found("peak", peak.counters)}
+    return metrics, {"throughput_rps/peak": (max(0.0, peak.rate_rps - half), peak.rate_rps + half)}
+
+
+def _found(what: str, counters: Mapping[str, float]) -> dict[str, float]:
+    """Share of the tokens before the candidates that an engine that remembers did not compute again; nothing for one that does not."""
+    history = counters.get("history_tokens", 0.0)
+    return {f"{what}/history_found_share": counters["cached_tokens"] / history} if history else {}

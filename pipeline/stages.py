@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import search_spaces
+from pipeline import interpreters
 from pipeline.cache import Cache, digest
 from pipeline.config import TuneConfig
 from pipeline.contracts import Settings
-from pipeline.environment import fingerprint, own_interpreter
+from pipeline.environment import fingerprint
 from pipeline.errors import CheckpointError, UserError
 from pipeline.launcher import Line, LocalLauncher
 from pipeline.records import Order, read_json
@@ -134,8 +135,8 @@ def quantise_all(config: TuneConfig, on_line: Line | None = None) -> dict[str, P
 
 def spaces(config: TuneConfig, engines: tuple[str, ...]) -> dict[str, Space]:
     """The search spaces of these engines on this machine, with the user's knobs pinned."""
-    cores = int(fingerprint()["cores"])
-    return pin({name: search_spaces.of(name, cores) for name in engines}, config.settings)
+    cores, gpu = int(fingerprint()["cores"]), fingerprint()["gpu"] != "none"
+    return pin({name: search_spaces.of(name, cores, gpu) for name in engines}, config.settings)
 
 
 def order(
@@ -157,7 +158,7 @@ def order(
             "workload": "confirm_workload.npz" if confirming else "workload.npz",
         },
         seed=config.workload.seed + confirming,
-        python=str((config.backends.get(backend) or {}).get("python", "")) or own_interpreter(backend),
+        python=interpreters.of(config.backends, backend),
     )
 
 

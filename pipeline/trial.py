@@ -68,15 +68,15 @@ def read_order(folder: Path) -> Order:
 
 
 def engine_key(order: Order) -> str:
-    """Everything that can change what a built engine computes: checkpoint, quant.* and build.* settings, code, environment."""
-    from pipeline.backends.knobs import BUILD_STAGES, stage
+    """Everything that can change what an engine computes: checkpoint, quant.*, build.* and `NUMERICS` settings, code, environment."""
+    from pipeline.backends.knobs import BUILD_STAGES, NUMERICS, stage
     from pipeline.environment import fingerprint
 
     checkpoint, manifest = Path(order.checkpoint), Path(order.checkpoint) / "manifest.json"
     parts = {
         "checkpoint": digest(manifest if manifest.is_file() else checkpoint),
         "backend": order.backend,
-        "settings": stage(order.settings, BUILD_STAGES),
+        "settings": stage(order.settings, BUILD_STAGES) | {name: value for name, value in order.settings.items() if name in NUMERICS},
         "code": digest(*(path for package in CODE for path in sorted((ROOT / package).rglob("*.py")))),
         "environment": dict(fingerprint()),
     }
@@ -163,6 +163,8 @@ class _Trial:
         try:
             if wrong := ignored(self.order.settings, session.effective):
                 raise SettingsError(f"{backend.name} does not run as asked: {'; '.join(wrong)}")
+            if capacity := session.effective.get("engine.kv_capacity_tokens"):
+                self.metrics["kv_cache/capacity_tokens"] = float(capacity)
             self._check(session, key, began)
             self._measure(session)
             if (held := _gpu_memory_mib() - others_mib) > 0:  # nothing where there is no GPU, or the engine uses none

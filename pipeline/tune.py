@@ -154,7 +154,7 @@ class _Run:
     def choose_engines(self, given: Mapping[str, Space] | None) -> None:
         """Keep the engines this machine can run and the pinned settings allow; remember why not the others."""
         wanted = tuple(self.config.backends)
-        found = _unavailable(self.folder / "engines", Path(self.config.paths.runs))
+        found = _unavailable(self.folder / "engines", Path(self.config.paths.runs), self.config.backends)
         self.skipped = {name: found.get(name, "there is no engine of this name") for name in wanted if found.get(name, "unknown")}
         usable = tuple(name for name in wanted if name not in self.skipped)
         for name, reason in self.skipped.items():
@@ -379,9 +379,9 @@ def _local(config: TuneConfig, view: View) -> LocalLauncher:
     return LocalLauncher(cache=cache, deadline_s=limits.deadline_s, memory_mib=limits.memory_limit_mib, on_line=view.line)
 
 
-def _unavailable(folder: Path, runs: Path) -> dict[str, str]:
+def _unavailable(folder: Path, runs: Path, backends: Mapping[str, Any]) -> dict[str, str]:
     """Engine -> why this machine cannot run it, empty when it can; asked in a child, because only children may import engines."""
-    ended = run_child(["pipeline.doctor", str(runs)], folder, ENGINES_S)
+    ended = run_child(["pipeline.doctor", str(runs), json.dumps(backends)], folder, ENGINES_S)
     lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     if ended.returncode or not lines:
         raise MachineError(f"the engines could not be listed (`python -m pipeline doctor`): {tail(folder)}")

@@ -38,6 +38,7 @@ def make_inputs(data: Path, config: Mapping[str, Any], out: Path, progress: Call
             seed + i,
             candidates=(int(config["candidates_low"]), int(config["candidates_high"])),
             returning=float(config["returning"]),
+            growth=int(config["growth"]),
         )
         save_requests(out / name, drawn)
     progress(4 / 6, "drawing the quality set")
@@ -78,7 +79,11 @@ def other(name: str) -> str:
 
 
 def lengths(requests: Sequence[RankingRequest]) -> dict[str, float]:
-    """How long requests are: count, users, and p50, p90, max of tokens, history and candidates."""
+    """How long requests are: count, users, p50, p90, max of tokens, history and candidates; and how much of them is met again.
+
+    `returning/share` of the requests have a user that an earlier one has; `returning/history_share` of all tokens before candidates were those of an
+    earlier request of that user with the same S: the most that a cache of histories can find.
+    """
     columns = {
         "tokens": [r.tokens for r in requests],
         "history": [len(r.events) for r in requests],
@@ -88,4 +93,17 @@ def lengths(requests: Sequence[RankingRequest]) -> dict[str, float]:
     for name, values in columns.items():
         p50, p90 = np.percentile(values, [50, 90])
         summary |= {f"{name}/p50": float(p50), f"{name}/p90": float(p90), f"{name}/max": float(max(values))}
-    return summary
+    return summary | _returning(requests)
+
+
+def _returning(requests: Sequence[RankingRequest]) -> dict[str, float]:
+    known: dict[int, tuple[bytes, int]] = {}  # user -> S and the tokens before candidates of their last visit
+    again = met = 0
+    histories = [len(request.user) + len(request.events) for request in requests]
+    for request, history in zip(requests, histories, strict=True):
+        static = b"".join(array.tobytes() for array in (request.user, request.events[: request.static_count]))
+        before = known.get(request.user_key)
+        again += before is not None
+        met += min(before[1], history) if before and before[0] == static else 0
+        known[request.user_key] = static, history
+    return {"returning/share": again / len(requests), "returning/history_share": met / max(1, sum(histories))}

@@ -9,10 +9,14 @@ from search_spaces.space import Space
 
 ENGINES = ("eager", "compiled", "fused", "onnxruntime", "vllm", "fake")
 
+BY_DEVICE = ("vllm",)
+"""Engines whose knobs on a GPU are others than on a CPU."""
 
-def of(backend: str, cores: int) -> Space:
-    """The space of an engine on a machine with `cores` cores. Raises UserError for an engine without one."""
+
+def of(backend: str, cores: int, gpu: bool = False) -> Space:
+    """The space of an engine on a machine with `cores` cores, and a GPU or none. Raises UserError for an engine without one."""
     if backend not in ENGINES:
         raise UserError(f"there is no search space for engine '{backend}'; choose from {', '.join(ENGINES)}")
-    space: Space = import_module(f"search_spaces.{backend}").space(cores)
+    module = import_module(f"search_spaces.{backend}")
+    space: Space = module.space(cores, gpu) if backend in BY_DEVICE else module.space(cores)
     return space

@@ -167,11 +167,13 @@ class Dataset:
             raise DataError(f"a part is one of {', '.join(PARTS)} or calibration, got '{part}'")
         return Samples(self.columns, part)
 
-    def serving_requests(self, count: int, seed: int, *, candidates: tuple[int, int] = (16, 64), returning: float = 0.3) -> list[RankingRequest]:
+    def serving_requests(
+        self, count: int, seed: int, *, candidates: tuple[int, int] = (16, 64), returning: float = 0.3, growth: int = 0
+    ) -> list[RankingRequest]:
         """Traffic of test users at moments of their test events; see `serving.requests`."""
         from model.datasets import serving
 
-        return serving.requests(self, count, seed, candidates=candidates, returning=returning)
+        return serving.requests(self, count, seed, candidates=candidates, returning=returning, growth=growth)
 
     def log(self) -> EventLog:
         """The event log behind the columns, for statistics at other times than the events' own."""

@@ -25,11 +25,13 @@ LEAST_RECENT = 1000
 OVERSAMPLE = 4
 
 
-def requests(dataset: Dataset, count: int, seed: int, *, candidates: tuple[int, int], returning: float) -> list[RankingRequest]:
+def requests(dataset: Dataset, count: int, seed: int, *, candidates: tuple[int, int], returning: float, growth: int) -> list[RankingRequest]:
     """`count` requests of test users at moments of their test events, in order of arrival at unit rate.
 
     K is log-uniform in `candidates`; the user's true next item is among them, the rest is drawn by recent popularity. A share `returning`
-    comes from users earlier in the list, each time with more history. Where users run out, a user comes again under another `user_key`.
+    comes from users earlier in the list, each time with more history: 1 to `growth` of their moments later, or at any later moment where that is 0.
+    What came since the chunk's first event is appended to R; a visit in a later chunk has another S, as it will when serving. Where users run out, a
+    user comes again under another `user_key`.
     """
     low, high = candidates
     if not 1 <= low <= high <= dataset.config.max_candidates:
@@ -39,9 +41,11 @@ def requests(dataset: Dataset, count: int, seed: int, *, candidates: tuple[int, 
         )
     if count < 1 or not 0 <= returning < 1:
         raise UserError(f"a workload needs at least 1 request and a returning share in [0, 1), got {count} and {returning}")
+    if growth < 0:
+        raise UserError(f"growth between visits is at least 1 moment, or 0 for any, got {growth}")
     rng = np.random.default_rng(seed)
     columns = dataset.columns
-    keys, rows = visits(columns, count, returning, rng)
+    keys, rows = visits(columns, count, returning, growth, rng)
     sizes = np.exp(rng.uniform(np.log(low), np.log(high + 1), count)).astype(np.int64).clip(low, high)
     items = [_candidates(recent, following, int(size), rng) for recent, following, size in zip(*_moments(columns, rows), sizes, strict=True)]
     counts = np.array([len(some) for some in items])
@@ -69,11 +73,11 @@ def requests(dataset: Dataset, count: int, seed: int, *, candidates: tuple[int, 
     return made
 
 
-def visits(columns: Columns, count: int, returning: float, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def visits(columns: Columns, count: int, returning: float, growth: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """([count] user_key, [count] row of the event that comes next) of each request.
 
     First visits take users in proportion to their test activity, without replacement until none is left. The moments of one visitor
-    are distinct seconds in ascending order, so that history grows from visit to visit.
+    are distinct seconds in ascending order, so that history grows from visit to visit; one with too few of them for `growth` uses all there is.
     """
     rows = np.flatnonzero(part_of(columns.order, "test"))
     opens = np.ones(len(rows), np.bool_)
@@ -112,7 +116,11 @@ def visits(columns: Columns, count: int, returning: float, rng: np.random.Genera
     order = np.argsort(visitor, kind="stable")
     for requests_of in np.split(order, np.flatnonzero(np.diff(visitor[order])) + 1):
         position = who[visitor[requests_of[0]]]
-        moment = np.sort(rng.choice(moments[position], len(requests_of), replace=False))
+        gaps = rng.integers(1, growth + 1, len(requests_of) - 1) if growth else None
+        if gaps is not None and (spare := moments[position] - int(gaps.sum())) > 0:
+            moment = rng.integers(spare) + np.concatenate([[0], np.cumsum(gaps)])
+        else:
+            moment = np.sort(rng.choice(moments[position], len(requests_of), replace=False))
         chosen[requests_of] = rows[first[position] + moment]
     return np.array(key)[visitor], chosen
 

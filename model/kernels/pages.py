@@ -27,7 +27,7 @@ def _write(
     inside = d < WIDTH
     k = tl.load(k_ptr + row * k_stride + d, mask=inside, other=0.0)
     v = tl.load(v_ptr + row * v_stride + d, mask=inside, other=0.0)
-    if LARGEST:  # beyond its range fp8 has NaN only
+    if LARGEST > 0:  # beyond its range fp8 has NaN only
         k = tl.clamp(k.to(tl.float32), -LARGEST, LARGEST)
         v = tl.clamp(v.to(tl.float32), -LARGEST, LARGEST)
     place = cache_ptr + (slot // PAGE * (2 * PAGE) + slot % PAGE) * WIDTH + d

@@ -21,6 +21,8 @@ ALIGN = 8
 
 BUILD_STAGES = ("quant", "build")
 LOAD_STAGES = ("engine", "serve")
+NUMERICS = ("engine.kv_cache_dtype", "engine.quantization")
+"""Settings of loading that change scores all the same: an engine's accuracy is known under these too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pipeline.backends.knobs import NUMERICS
 from pipeline.contracts import Settings
 
 SCORE: Mapping[str, float] = {"fp32": 5e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 2e-2, "int8": 5e-2, "fp8": 1e-1}
@@ -14,7 +15,9 @@ SCORE: Mapping[str, float] = {"fp32": 5e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 
 
 
 def precision(settings: Settings) -> str:
-    """The key of `SCORE` for an engine's quant.* and build.* settings."""
+    """The key of `SCORE` for an engine's settings."""
     if str(settings.get("quant.recipe", "none")).startswith("int8"):
         return "int8"
+    if "fp8" in (settings.get(name) for name in NUMERICS):
+        return "fp8"
     return str(settings.get("build.precision", "fp32"))

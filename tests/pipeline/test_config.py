@@ -50,6 +50,7 @@ def test_groups_values_and_pins_override() -> None:
         (["model=huge"], "huge"),
         (["backend=[]"], "at least one engine"),
         (["workload.requests=100"], "at least 459"),
+        (["workload.growth=-1"], "workload.growth"),
         (["study.name=a/b"], "study.name"),
         (["study.sampler=grid"], "tpe, random"),
         (["measure.load=1.5"], "measure.load"),

@@ -1,10 +1,15 @@
 """The command line: every command explains itself, and a user's mistake is one message."""
 
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline import artifact, doctor, interpreters
 from pipeline.__main__ import COMMANDS, PLAIN, main
+from pipeline.doctor import Finding
 
 
 def test_the_commands_are_those_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,3 +51,21 @@ def test_doctor_lists_engines(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for words in ("engine eager", "engine onnxruntime", "C++ compiler", "memory"):
         assert words in shown
+
+
+@pytest.mark.parametrize(("own", "arguments"), [("/opt/vllm/python", ["made"]), ("", ["made"]), ("/opt/vllm/python", [])])
+def test_an_artifact_is_served_by_the_interpreter_of_its_engine(monkeypatch: pytest.MonkeyPatch, own: str, arguments: list[str]) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(artifact, "read_manifest", lambda path: SimpleNamespace(backend="vllm"))
+    monkeypatch.setattr(interpreters, "of", lambda backends, name: own if name == "vllm" else "")
+    monkeypatch.setattr(os, "execve", lambda python, told, environment: ran.append([python, *told]))
+    COMMANDS["serve"](arguments)
+    python = own if own and arguments else sys.executable
+    assert ran == [[python, python, "-m", "pipeline.serve", *arguments]]
+
+
+def test_the_doctor_says_what_to_type_in_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [Finding(name="engine vllm", ok=False, detail="pip install .[gpu]")]
+    monkeypatch.setattr(doctor, "examine", lambda runs, backends: found)
+    assert main(["doctor"]) == 0
+    assert "pip install .[gpu]" in capsys.readouterr().out

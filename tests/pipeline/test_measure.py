@@ -16,6 +16,7 @@ from pipeline.backends.batcher import Batcher, BatchPolicy
 from pipeline.contracts import RankingRequest, Scores, Settings
 from pipeline.errors import MachineError, SettingsError
 from pipeline.measure import closed_loop, open_loop, spoilt, timed_window, warm_up
+from pipeline.percentiles import figures, peak_figures
 from tests.factories import random_request
 
 
@@ -285,3 +286,52 @@ def test_switching_is_quick_enough_for_the_sender() -> None:
         assert sys.getswitchinterval() == pytest.approx(measure.SWITCH_S)
     finally:
         sys.setswitchinterval(before)
+
+
+class Rememberer(Server):
+    """Finds the history of a user who has asked before, and notes before which request it was told to forget."""
+
+    def __init__(self) -> None:
+        super().__init__(sleeps(0.001))
+        self.asked, self.found = 0, 0
+        self.forgot: list[int] = []
+        self.users: set[int] = set()
+
+    def submit(self, request: RankingRequest) -> Future[Scores]:
+        self.asked, self.found = self.asked + 1, self.found + (request.user_key in self.users)
+        self.users.add(request.user_key)
+        return super().submit(request)
+
+    def counters(self) -> Mapping[str, float]:
+        return {**super().counters(), "history_tokens": self.asked, "cached_tokens": self.found}
+
+    def forget(self) -> None:
+        self.forgot.append(self.asked)
+        self.users.clear()
+
+
+def visited(times: Sequence[float], users: Sequence[int]) -> list[RankingRequest]:
+    return [replace(request, user_key=user) for request, user in zip(arrivals(times), users, strict=True)]
+
+
+def test_a_list_played_again_meets_only_the_users_who_return_in_it() -> None:
+    session = Rememberer()
+    peak = closed_loop(session, visited([0] * 5, [1, 2, 1, 3, 2]), 2, 0.3)
+    session.close()
+    passes = len(session.forgot)
+    assert passes > 2
+    assert session.forgot == list(range(0, 5 * passes, 5))
+    assert peak_figures(peak)[0]["peak/history_found_share"] == pytest.approx(0.4, abs=1 / passes)
+
+
+def test_a_window_begins_without_the_users_of_what_went_before() -> None:
+    session = Rememberer()
+    window = timed_window(
+        session,
+        visited([i / 100 for i in range(10)], [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]),
+        visited([0] * 3, [1, 2, 3]),
+        repeats=0, say=say_nothing, late_limit_ms=1e9, foreign_share=1e9, steal_share=1e9,
+    )  # fmt: skip
+    session.close()
+    assert session.forgot == [3]
+    assert figures(window)[0]["window/history_found_share"] == 0.2

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,13 @@ def test_rates_of_a_window() -> None:
     assert metrics["throughput_rps/achieved"] == pytest.approx(100)
     assert metrics["window/batches"] == 5
     assert metrics["window/compilations"] == 0
+
+
+def test_what_was_found_of_histories_is_told_where_anything_is_kept() -> None:
+    kept, peak = {"history_tokens": 200.0, "cached_tokens": 50.0}, Peak(rate_rps=9.0, latency_ms=np.ones(1), per_slice_rps=np.ones(10), counters={})
+    assert not [name for name in {**figures(window(1000))[0], **peak_figures(peak)[0]} if "found" in name]
+    assert figures(replace(window(1000), counters=kept))[0]["window/history_found_share"] == 0.25
+    assert peak_figures(replace(peak, counters=kept))[0]["peak/history_found_share"] == 0.25
 
 
 def test_peak_interval_is_students() -> None:

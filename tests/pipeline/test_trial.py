@@ -121,6 +121,31 @@ def test_what_an_engine_holds_on_the_gpus_is_what_came_since_it_was_loaded(root:
     assert found.metrics["gpu_memory_mib/held"] == 240.0
 
 
+def test_what_an_engines_cache_can_hold_is_among_the_figures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Keeping(Fake):
+        def load(self, folder: Path, settings: Settings) -> Session:
+            session = super().load(folder, settings)
+            session.effective = {**session.effective, "engine.kv_capacity_tokens": 4096}
+            return session
+
+    monkeypatch.setattr(registry, "get", lambda name: Keeping())
+    monkeypatch.setenv(MARKER, "in this process")
+    folder = make_trial(root, name="0010")
+    assert trial.main([str(folder)]) == 0
+    found = read_trial(folder).measurement
+    assert found is not None
+    assert found.metrics["kv_cache/capacity_tokens"] == 4096
+
+
+def test_an_engine_is_known_by_all_that_changes_its_scores(root: Path) -> None:
+    def key(**settings: bool | int | float | str) -> str:
+        return trial.engine_key(trial.read_order(make_trial(root, {name.replace("__", "."): value for name, value in settings.items()}, name="0011")))
+
+    assert key(engine__threads=2, serve__queue_limit=7) == key()
+    different = {key(), key(build__precision="bf16"), key(engine__kv_cache_dtype="fp8"), key(engine__quantization="fp8")}
+    assert len(different) == 4
+
+
 def test_a_bug_of_ours_is_failed_with_its_traceback_in_the_log(root: Path) -> None:
     folder = make_trial(root, {"engine.fault": "bug"}, name="0006")
     found = launcher(root).trial(folder)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from pipeline import workload
 from pipeline.config import WorkloadConfig
 from pipeline.errors import DataError
 from pipeline.requests import load_labelled, load_requests, save_requests, validate
+from tests.factories import random_request
 from tests.pipeline.trial_folder import labelled, timed
 
 SIZES = {"quality_users": 5, "calibration_users": 7, "parity_requests": 6, "golden_requests": 3}
@@ -87,3 +88,18 @@ def test_lengths_are_summarised() -> None:
     summary = workload.lengths(requests)
     assert summary["tokens/max"] == max(r.tokens for r in requests)
     assert summary["candidates/p50"] == np.median([len(r.candidates) for r in requests])
+
+
+def test_how_much_is_met_again_is_summarised(data: Path, tmp_path: Path) -> None:
+    request = random_request(np.random.default_rng(0))
+    longer = replace(request, events=np.concatenate([request.events, request.events[:4]]))
+    moved = replace(longer, static_count=request.static_count + 1)
+    other = replace(request, user_key=request.user_key + 1)
+    history = len(request.user) + len(request.events)
+    summary = workload.lengths([request, other, longer, moved])
+    assert summary["returning/share"] == 0.5
+    assert summary["returning/history_share"] == history / (4 * history + 8)
+    for name, share, growth in (("none", 0.0, 0), ("some", 0.5, 2)):
+        drawn = draw(data, tmp_path / name, returning=share, growth=growth)["workload"]
+        assert drawn["returning/share"] == pytest.approx(share, abs=0.01)  # type: ignore[index]
+        assert (drawn["returning/history_share"] > 0.3) == bool(share)  # type: ignore[index]

@@ -38,9 +38,9 @@ def anywhere(rng: random.Random) -> object:
 
 
 @pytest.mark.parametrize("name", search_spaces.ENGINES)
-@pytest.mark.parametrize("cores", [1, 2, 64])
-def test_every_space_draws_only_legal_points_and_starts_at_its_defaults(name: str, cores: int) -> None:
-    space, rng = search_spaces.of(name, cores), random.Random(0)
+@pytest.mark.parametrize(("cores", "gpu"), [(1, False), (2, False), (64, True)])
+def test_every_space_draws_only_legal_points_and_starts_at_its_defaults(name: str, cores: int, gpu: bool) -> None:
+    space, rng = search_spaces.of(name, cores, gpu), random.Random(0)
     assert space.points()[0] == space.point({})
     assert dict(space.defaults).items() <= space.points()[0].items()
     for _ in range(50):
@@ -49,14 +49,15 @@ def test_every_space_draws_only_legal_points_and_starts_at_its_defaults(name: st
         assert {knob.name for knob in space.active(point)} <= set(point)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("name", search_spaces.ENGINES)
-def test_engines_accept_the_whole_space(name: str) -> None:
+def test_engines_accept_the_whole_space(name: str, gpu: bool) -> None:
     from importlib import import_module
 
     from pipeline.backends.knobs import BUILD_STAGES, LOAD_STAGES, settle, stage
 
     module, rng = import_module(f"pipeline.backends.{name}"), random.Random(1)
-    space = search_spaces.of(name, 2)
+    space = search_spaces.of(name, 2, gpu)
     for _ in range(50):
         point = space.draw(anywhere(rng))  # type: ignore[arg-type]
         build = {**module.BUILD, **(module.GROUP if name == "fake" and point["build.precision"] == "int8" else {})}
@@ -66,10 +67,29 @@ def test_engines_accept_the_whole_space(name: str) -> None:
 
 def test_the_same_engines_everywhere() -> None:
     assert set(search_spaces.ENGINES) == set(registry.names())
-    batched = [name for name in search_spaces.ENGINES if name != "vllm"]  # which has a scheduler of its own
-    assert all({knob.name for knob in SERVE} <= {knob.name for knob in search_spaces.of(name, 2).knobs} for name in batched)
+    batching = [name for name in search_spaces.ENGINES if name != "vllm"]  # which has a scheduler of its own
+    assert all({knob.name for knob in SERVE} <= {knob.name for knob in search_spaces.of(name, 2).knobs} for name in batching)
     with pytest.raises(UserError, match=r"'warp'.*eager"):
         search_spaces.of("warp", 2)
+
+
+def test_vllms_knobs_are_all_in_its_spaces_and_no_others() -> None:
+    from pipeline.backends.vllm import BUILD, LOAD
+
+    for gpu, left_out in ((True, set()), (False, {"engine.gpu_memory_utilization", "engine.cudagraph_capture_tokens"})):
+        space = search_spaces.of("vllm", 2, gpu)
+        assert {*BUILD, *LOAD} - {*space.defaults, *(knob.name for knob in space.knobs)} == left_out
+    assert {"engine.kv_cache_dtype", "engine.quantization"} <= set(space.defaults)  # constants without a GPU
+
+
+def test_graphs_and_fp8_are_drawn_only_where_they_can_be() -> None:
+    space, rng = search_spaces.of("vllm", 2, gpu=True), random.Random(3)
+    for _ in range(100):
+        point = space.draw(anywhere(rng))  # type: ignore[arg-type]
+        assert ("engine.cudagraph_capture_tokens" in point) != point["engine.enforce_eager"]
+        assert ("engine.kv_cache_dtype" in point) == ("engine.quantization" in point) == (point["build.precision"] != "fp32")
+        assert int(point.get("engine.cudagraph_capture_tokens", 0)) <= int(point["engine.max_num_batched_tokens"])
+        assert ("engine.prefix_caching_hash_algo" in point) == point["engine.enable_prefix_caching"]
 
 
 def test_a_condition_hides_its_knobs() -> None:

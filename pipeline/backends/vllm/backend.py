@@ -1,35 +1,61 @@
-"""vLLM as an engine of ours: a folder it can open, and its asynchronous engine behind a session."""
+"""vLLM's V1 engine: histories' K/V is kept in pages and found again when a user returns; the only engine here that remembers anybody.
+
+Its front end runs in this process, its core and its worker in others. Settings carry vLLM's own names (`options`); whether vLLM takes them together
+only vLLM knows, so it is asked, and what it refuses is the settings' fault in its words.
+"""
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
 
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.vllm import options
-from pipeline.backends.vllm.session import VllmSession
+from pipeline.backends.vllm.payload import KEY
+from pipeline.backends.vllm.session import Engine, VllmSession
+from pipeline.backends.vllm.words import Words
 from pipeline.contracts import Settings
-from pipeline.environment import own_interpreter
-from pipeline.errors import SettingsError
+from pipeline.errors import AutotuneError, SettingsError, UserError
+
+if TYPE_CHECKING:
+    from vllm import PoolingParams
 
 SERVED = "served"
+ENVIRONMENT: Mapping[str, str] = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would inherit a used CUDA context
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # nothing is sampled, and looking for the sampler fails where flashinfer is missing
+}
+"""Of this process while an engine starts; its processes inherit it."""
+CLOSE_S = 5.0
+"""How long processes that an engine left behind may take to end by themselves."""
 
 BUILD: Mapping[str, Knob] = {"build.precision": Knob(default="fp32", options=tuple(options.DTYPES))}
 LOAD: Mapping[str, Knob] = {
-    "engine.block_size": Knob(default=16, options=(16, 32, 64, 128)),
-    "engine.max_num_seqs": Knob(default=64, low=1, high=4096),
+    "engine.block_size": Knob(default=16, low=16),
+    "engine.max_num_seqs": Knob(default=128, low=1),
     "engine.max_num_batched_tokens": Knob(default=8192, low=16),
-    "engine.gpu_memory_utilization": Knob(default=0.5, low=0.05, high=0.95),
+    "engine.gpu_memory_utilization": Knob(default=0.9, low=0.01, high=1.0),
+    "engine.kv_cache_memory_mib": Knob(default=0, low=1, zero=True),
+    "engine.kv_cache_dtype": Knob(default="auto", options=("auto", "fp8")),
     "engine.enable_prefix_caching": Knob(default=True, options=(True, False)),
     "engine.prefix_caching_hash_algo": Knob(default="sha256", options=("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")),
     "engine.async_scheduling": Knob(default=False, options=(True, False)),
+    "engine.enforce_eager": Knob(default=False, options=(True, False)),
+    "engine.cudagraph_capture_tokens": Knob(default=512, low=1, zero=True),
+    "engine.quantization": Knob(default="none", options=("none", "fp8")),
+    "engine.tensor_parallel_size": Knob(default=1, options=(1, 2, 4, 8)),
     "serve.queue_limit": SERVE["serve.queue_limit"],
 }
-FIXED: Settings = {"engine.enforce_eager": True}
-"""Shapes change with every step, and nothing of the network is traced."""
+"""A pool of 0 MiB is sized by gpu_memory_utilization; any other size overrides it. Graphs are captured only where enforce_eager is off."""
 GET_IT = "pip install .[gpu] on a machine with a GPU; `make vllm-env` makes an interpreter with vLLM for CPUs"
 
 
@@ -39,33 +65,113 @@ class Vllm:
     name = "vllm"
 
     def unavailable(self) -> str | None:
-        """Why this machine cannot run it, in this interpreter or in the one that `make vllm-env` makes; None when it can."""
-        if find_spec("vllm"):
-            return None
-        if not (python := own_interpreter(self.name)):
-            return f"vllm is not installed; {GET_IT}"
-        asked = subprocess.run([python, "-c", "import vllm, pipeline.backends.vllm"], capture_output=True, text=True, check=False)
-        return None if not asked.returncode else f"{python} cannot import it: {asked.stderr.strip()[-300:]}; {GET_IT}"
+        """Why this interpreter cannot run it; None when it can. Whether another one can is `pipeline.interpreters`' business."""
+        return None if find_spec("vllm") else f"vllm is not installed here; {GET_IT}"
 
     def build(self, checkpoint: Path, settings: Settings, out: Path) -> None:
-        """The folder that vLLM opens, then engine.json. Raises SettingsError, or CheckpointError where the checkpoint is broken."""
+        """The folder that vLLM opens, then engine.json; weights stay float32, and vLLM casts them. Raises SettingsError or CheckpointError."""
         settled = settle(self.name, settings, BUILD)
         from model.checkpoint import read_config
         from pipeline.backends.vllm import served
 
-        served.write(checkpoint, out / SERVED)
         config, schema = read_config(checkpoint)
         if config.layer != "hstu":
             raise SettingsError(f"{self.name} runs models of layer=hstu, this one is {config.layer}; choose another engine")
+        served.write(checkpoint, out / SERVED)
         engine.EngineFile(backend=self.name, settings=settled, schema=schema, max_seq_len=config.max_seq_len).write(out)
 
     def load(self, folder: Path, settings: Settings) -> VllmSession:
-        """Start vLLM's engine in a process of its own. Raises SettingsError with vLLM's words where it refuses."""
+        """Start the engine's processes. Raises SettingsError, ArtifactError, MachineError, or UserError where vLLM is not installed."""
         settled = settle(self.name, settings, LOAD)
         built = engine.read(folder, self.name)
-        known = {name: value for name, value in settled.items() if name.startswith("engine.")}
-        arguments = options.engine_args(folder / SERVED, {**built.settings, **known, **FIXED, "engine.max_model_len": built.max_seq_len})
-        return VllmSession(arguments, schema=built.schema, max_seq_len=built.max_seq_len, queue_limit=int(settled["serve.queue_limit"]))
+        if reason := self.unavailable():
+            raise UserError(reason)
+        asked: Settings = {**built.settings, **settled, "engine.max_model_len": built.max_seq_len}
+        words, before = Words(), _below()
+        left: set[psutil.Process] = set()
+
+        def close() -> None:
+            _end(left | (_below() - before))
+
+        def start() -> Engine:
+            return _start(folder / SERVED, asked)
+
+        with _environment({**ENVIRONMENT, "VLLM_LOGGING_CONFIG_PATH": str(words.config)}):
+            try:
+                session = VllmSession(
+                    start,
+                    _params,
+                    schema=built.schema,
+                    max_seq_len=built.max_seq_len,
+                    queue_limit=int(settled["serve.queue_limit"]),
+                    died=words.sorted_by_fault,
+                    on_close=close,
+                )
+            except BaseException as error:
+                told = error if isinstance(error, (AutotuneError, KeyboardInterrupt)) else words.sorted_by_fault(error)
+                close()
+                raise told from error
+        left |= _below() - before
+        return session
 
 
 BACKEND = Vllm()
+
+
+def _start(served: Path, settings: Settings) -> Engine:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from pipeline.backends.vllm import plugin
+
+    plugin.register()
+    if reason := plugin.check():
+        raise RuntimeError(reason)
+    # Its counts for dashboards are not wanted, and take time in every step.
+    arguments = options.engine_args(served, {name: value for name, value in settings.items() if not name.startswith("serve.")})
+    made: Engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, disable_log_stats=True))
+    return made
+
+
+def _params(payload: bytes) -> PoolingParams:
+    from vllm import PoolingParams
+
+    # Unless told otherwise, a request of this task does not look into the cache.
+    return PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={KEY: payload})
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _below() -> set[psutil.Process]:
+    """Processes below this one, but for Python's own tracker, which lives as long as this one."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if not any("resource_tracker" in word for word in process.cmdline()):
+                found.add(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """Wait for these to end, and kill what does not: a worker outlives a core that was killed."""
+    _, alive = psutil.wait_procs(processes, CLOSE_S)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, CLOSE_S)

@@ -17,7 +17,7 @@ FIXED: dict[str, Any] = {
     "runner": "pooling",  # scores are pooled from a request's rows; nothing is generated
     "skip_tokenizer_init": True,  # prompts are token ids that only name tokens
     "enable_chunked_prefill": False,  # a request's static tokens and candidates are computed in one step (see `step`)
-    "worker_cls": "pipeline.backends.vllm.inside.worker.MtgrWorker",  # brings the features
+    "worker_cls": "pipeline.backends.vllm.inside.readback.ToldWorker",  # brings the features, and says what it runs
     "attention_backend": "CUSTOM",  # what vLLM says it runs; the layers bring theirs by themselves (see `inside.attention`)
 }
 NAMES = {

@@ -1,59 +1,43 @@
-"""vLLM's asynchronous engine behind `submit`: requests checked at the edge, counted, and answered from the engine's own loop.
+"""A running vLLM engine behind `submit`: its event loop in a thread, a bound on what waits, and what its worker says of itself.
 
-vLLM batches by itself, so there is no batcher here: a thread runs the event loop in which its client lives, and the engine is another process.
+vLLM queues and batches by itself, so the shared micro-batcher has no part here. A request is checked before vLLM sees it: a bad id kills the whole
+engine there. An engine that has died answers everything that waits, and all that comes later, with its own last words.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from itertools import count
-from multiprocessing import active_children
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import psutil
 
-from pipeline.backends.vllm.options import DTYPES, NAMES
-from pipeline.backends.vllm.payload import KEY, encode
-from pipeline.contracts import FeatureSchema, RankingRequest, Scores, Settings
-from pipeline.errors import MachineError, Overloaded, SettingsError
+from pipeline.backends.vllm.payload import encode
+from pipeline.contracts import HEADS, FeatureSchema, RankingRequest, Scores, Settings
+from pipeline.errors import AutotuneError, MachineError, Overloaded
 from pipeline.requests import validate
 
-PROCESSES = "VLLM"
-"""How the names of vLLM's processes begin."""
-READ = (
-    "engine.block_size",
-    "engine.max_num_seqs",
-    "engine.max_num_batched_tokens",
-    "engine.gpu_memory_utilization",
-    "engine.enable_prefix_caching",
-    "engine.prefix_caching_hash_algo",
-    "engine.async_scheduling",
-)
-"""Settings that a session tells, as the engine has them."""
+ANSWER_S = 10.0
+"""How long the worker is waited for when it is asked about itself; a step ends before that."""
 
 
-def start_engine(arguments: Mapping[str, Any]) -> Any:
-    """vLLM's client, its engine started. Raises SettingsError with vLLM's own words where it refuses."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # nothing is sampled
-    from pipeline.backends.vllm.plugin import register
+class Engine(Protocol):
+    """What is used of vLLM's AsyncLLM."""
 
-    register()
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
+    errored: bool
 
-    try:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-    except ValueError as error:  # pydantic's ValidationError is one
-        raise SettingsError(f"vllm refuses these settings: {error}") from error
-    except RuntimeError as error:
-        raise SettingsError(f"vllm's engine did not start under these settings; its own words are above in the log: {error}") from error
+    def encode(self, prompt: Any, pooling_params: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        """One finished PoolingRequestOutput."""
+
+    async def collective_rpc(self, method: str) -> list[Any]:
+        """Call a method of every worker."""
+
+    def shutdown(self) -> None:
+        """End its processes."""
 
 
 class VllmSession:
@@ -61,146 +45,175 @@ class VllmSession:
 
     def __init__(
         self,
-        arguments: Mapping[str, Any],
+        start: Callable[[], Engine],
+        params: Callable[[bytes], Any],
         *,
         schema: FeatureSchema,
         max_seq_len: int,
         queue_limit: int,
-        starter: Callable[[Mapping[str, Any]], Any] = start_engine,
+        died: Callable[[], AutotuneError] = lambda: MachineError("vLLM's engine died; load it again"),
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """`arguments` as of `options.engine_args`; at most `queue_limit` requests are in the engine at once."""
-        self._schema, self._max_seq_len, self._limit = schema, max_seq_len, queue_limit
-        self._totals = dict.fromkeys(("requests", "tokens", "cached_tokens", "rejected"), 0)
-        self._names, self._lock = count(), threading.Lock()
-        self._open: set[Future[Scores]] = set()
-        self._closed = False
+        """Starts the engine with `start`, called in the loop's thread; what it raises, this raises.
+
+        `params` makes the pooling parameters of a payload. `died` says why an engine that is dead died.
+        """
+        self._params, self._schema, self._max_seq_len, self._limit = params, schema, max_seq_len, queue_limit
+        self._died, self._on_close = died, on_close
+        self._lock = threading.Lock()
+        self._waiting, self._closed, self._generation = 0, False, 0
+        self._dead: AutotuneError | None = None
+        self._totals = dict.fromkeys(("requests", "tokens", "history_tokens", "cached_tokens", "rejected"), 0)
+        self._inside: Mapping[str, float] = {}
+        self._names, self._tasks = count(), set[asyncio.Task[None]]()
         self._loop = asyncio.new_event_loop()
-        self._engine: Any
-        self._dead: BaseException | None = None
-        started: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(starter, arguments, started), name="vllm", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
-        started.result()
-        found = effective(self._engine.vllm_config)
-        self.effective: Settings = {**found, "serve.queue_limit": self._limit}
+        try:
+            self._engine = self._wait(_called(start))
+            try:
+                self.effective: Settings = {**self._ask("read_back"), "serve.queue_limit": queue_limit}
+            except BaseException:
+                self._wait(_called(self._engine.shutdown))
+                raise
+        except BaseException:
+            self._end_loop()
+            raise
 
     def submit(self, request: RankingRequest) -> Future[Scores]:
-        """Queue one request. Raises InvalidRequest, or RuntimeError once closed; the future fails with Overloaded when the queue is full."""
+        """Hand one request to the engine. Raises InvalidRequest, or RuntimeError once closed; the future fails with Overloaded when too many wait."""
         validate(request, self._schema, self._max_seq_len)
         future: Future[Scores] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("this session is closed and takes no more requests; load the engine again")
-            if self._dead is not None:
-                future.set_exception(_gone(self._dead))
-                return future
-            if len(self._open) >= self._limit:
+            if self._dead:
+                future.set_exception(self._dead)
+            elif self._waiting >= self._limit:
                 self._totals["rejected"] += 1
-                text = f"at most {self._limit} requests may wait, {self._limit} do; retry later, send less, or raise the limit"
-                future.set_exception(Overloaded(text))
-                return future
-            self._open.add(future)
-            self._loop.call_soon_threadsafe(self._begin, request, future)
+                future.set_exception(
+                    Overloaded(f"at most {self._limit} requests may be with vLLM, {self._limit} are; retry later, send less, or raise the limit")
+                )
+            else:
+                self._waiting += 1
+                self._loop.call_soon_threadsafe(self._begin, request, future, self._generation)
         return future
 
     def counters(self) -> Mapping[str, float]:
-        """Totals since load: requests, tokens, those of them found in the cache, rejected."""
-        return {"compilations": 0.0, **self._totals}
+        """Totals since load: requests, tokens, history_tokens (before the candidates), cached_tokens (of those: found, not computed), rejected; and
+        of the worker batches, computed_tokens, compilations, the last known ones once it is dead or closed.
+        """
+        if not self._closed and not self._dead:
+            with suppress(AutotuneError, TimeoutError):  # dead meanwhile, or in a long step: the last known
+                self._inside = self._ask("counts")
+        return {"batches": 0.0, "compilations": 0.0, **self._inside, **self._totals}
+
+    def forget(self) -> None:
+        """contracts.Remembering, by another salt. vLLM's own reset_prefix_cache refuses while any request runs, and a closed loop never stops.
+
+        What was kept stays in its pages and is given up first, least recently used, as room is needed: a pool in service is full of such histories.
+        """
+        with self._lock:
+            self._generation += 1
 
     def close(self) -> None:
-        """Finish what is queued, end the engine's process. Idempotent."""
+        """Finish what was submitted, then end the engine's processes and the thread. Idempotent."""
         with self._lock:
-            already, self._closed = self._closed, True
-        if not already:
-            self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._end()))
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _run(self, starter: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any], started: Future[None]) -> None:
-        asyncio.set_event_loop(self._loop)
-
-        async def start() -> None:
-            self._engine = starter(arguments)
-
+            if self._closed:
+                return
+            self._closed = True
         try:
-            self._loop.run_until_complete(start())
-        except BaseException as error:
-            started.set_exception(error)
+            self._wait(self._drain())
+            self._inside = self._ask("counts") if not self._dead else self._inside
+        except (AutotuneError, TimeoutError):
+            pass
+        finally:
+            self._wait(_called(self._engine.shutdown))
+            self._end_loop()
+            self._on_close()
+
+    # -- in the loop's thread
+
+    def _begin(self, request: RankingRequest, future: Future[Scores], generation: int) -> None:
+        if not future.set_running_or_notify_cancel():
+            with self._lock:
+                self._waiting -= 1
             return
-        started.set_result(None)
-        self._loop.run_forever()
+        task = self._loop.create_task(self._score(request, future, generation))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _score(self, request: RankingRequest, future: Future[Scores], generation: int) -> None:
+        try:
+            scores, cached = await self._answer(request, generation)
+        except BaseException as error:  # whatever it is, someone waits for it
+            told = self._told(error)
+            with self._lock:
+                self._waiting -= 1
+            future.set_exception(told)
+            return
+        with self._lock:
+            self._waiting -= 1
+            self._totals["requests"] += 1
+            self._totals["tokens"] += request.tokens
+            self._totals["history_tokens"] += len(request.user) + len(request.events)
+            self._totals["cached_tokens"] += cached
+        future.set_result(scores)
+
+    async def _answer(self, request: RankingRequest, generation: int) -> tuple[Scores, int]:
+        """Scores, and how many tokens of the history were found in the cache."""
+        prompt = encode(request)
+        inputs = {"type": "token", "prompt_token_ids": prompt.token_ids, "cache_salt": f"{generation}.{prompt.salt}"}
+        outputs = [output async for output in self._engine.encode(inputs, self._params(prompt.payload), str(next(self._names)))]
+        if not outputs:
+            raise RuntimeError("vLLM ended a request without an answer")
+        output = outputs[-1]
+        scores = np.asarray(output.outputs.data.float().numpy(), np.float32)
+        if scores.shape != (len(request.candidates), len(HEADS)):
+            raise RuntimeError(f"scores are [K, heads] = {[len(request.candidates), len(HEADS)]}, vLLM gave {list(scores.shape)}")
+        return scores, int(output.num_cached_tokens or 0)
+
+    def _told(self, error: BaseException) -> BaseException:
+        """An engine's death in its own words, the same for all; any other error as it is."""
+        if self._dead or self._engine.errored:
+            self._dead = self._dead or self._died()
+            return self._dead
+        return error.__cause__ or error  # vLLM wraps what went wrong in an error without words
+
+    async def _drain(self) -> None:
+        while self._tasks:
+            await asyncio.gather(*self._tasks)
+
+    # -- from other threads
+
+    def _ask(self, method: str) -> Any:
+        """What the first worker answers. Raises TimeoutError, or MachineError where the engine is dead."""
+        try:
+            return self._wait(self._engine.collective_rpc(method), ANSWER_S)[0]
+        except (AutotuneError, TimeoutError):
+            raise
+        except Exception as error:
+            told = self._told(error)
+            raise told if isinstance(told, AutotuneError) else error from error
+
+    def _wait(self, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
+
+    def _end_loop(self) -> None:
+        self._wait(_cancel_all())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
         self._loop.close()
 
-    def _begin(self, request: RankingRequest, future: Future[Scores]) -> None:
-        self._loop.create_task(self._answer(request, future))
 
-    async def _answer(self, request: RankingRequest, future: Future[Scores]) -> None:
-        try:
-            if not future.set_running_or_notify_cancel():
-                return
-            scores = await self._score(request)
-        except BaseException as error:
-            if self._engine.errored:
-                self._dead = self._dead or error
-                error = _gone(error)
-            self._leave(future)
-            future.set_exception(error)
-        else:
-            self._leave(future)
-            future.set_result(scores)
-        finally:
-            self._leave(future)
-
-    async def _score(self, request: RankingRequest) -> Scores:
-        prompt, last = encode(request), None
-        told = {"prompt_token_ids": prompt.token_ids, "cache_salt": prompt.salt}
-        async for output in self._engine.encode(told, _params(prompt.payload), str(next(self._names))):
-            last = output
-        assert last is not None, "vllm ends a request with its output"
-        self._totals["requests"] += 1
-        self._totals["tokens"] += request.tokens
-        self._totals["cached_tokens"] += last.num_cached_tokens or 0
-        scores = np.asarray(last.outputs.data, dtype=np.float32)
-        if len(scores) != len(request.candidates):
-            raise MachineError(f"the engine must give one row per candidate, {len(request.candidates)} here, got {len(scores)}")
-        return scores
-
-    def _leave(self, future: Future[Scores]) -> None:
-        with self._lock:
-            self._open.discard(future)
-
-    async def _end(self) -> None:
-        while self._open:
-            await asyncio.sleep(0.005)
-        ours = [child for child in psutil.Process().children(recursive=True) if child.name().startswith(PROCESSES)]
-        self._engine.shutdown()
-        del self._engine
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
-        await asyncio.sleep(0)
-        # vLLM kills an engine that takes its time, and the engine's own workers then outlive it.
-        _, left = psutil.wait_procs(ours, timeout=1)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=5)
-        active_children()  # joins the processes that have ended: none is left as a zombie
-        self._loop.stop()
+async def _called(function: Callable[[], Any]) -> Any:
+    """In the loop: vLLM starts its own tasks where it is made."""
+    return function()
 
 
-def effective(config: Any) -> Settings:
-    """Our settings as vLLM's own configuration has them."""
-    parts = (config.cache_config, config.scheduler_config)
-    found = {ours: next(getattr(part, theirs) for part in parts if hasattr(part, theirs)) for ours, theirs in NAMES.items() if ours in READ}
-    kind = str(config.model_config.dtype).removeprefix("torch.")
-    return {**found, "build.precision": next(ours for ours, theirs in DTYPES.items() if theirs == kind)}
-
-
-def _params(payload: bytes) -> Any:
-    from vllm import PoolingParams
-
-    return PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={KEY: payload})
-
-
-def _gone(error: BaseException) -> MachineError:
-    return MachineError(f"vllm's engine process has ended ({type(error).__name__}: {error}); load the engine again")
+async def _cancel_all() -> None:
+    """vLLM's own tasks, which would otherwise complain that they were forgotten."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -8,6 +8,7 @@ import pytest
 
 from model.datasets import DataConfig, Dataset, open_dataset, prepare
 from model.datasets.samples import part_of
+from pipeline.contracts import RankingRequest
 from pipeline.errors import UserError
 from pipeline.requests import validate
 
@@ -69,6 +70,39 @@ def test_returning_users_come_later_with_more_history(dataset: Dataset) -> None:
         latest[request.user_key] = length
 
 
+@pytest.mark.parametrize("growth", [1, 4])
+def test_a_user_returns_soon_and_what_is_new_is_appended(dataset: Dataset, growth: int) -> None:
+    """Within a chunk the earlier request's tokens are the first of the later one's; in a later chunk S has moved on."""
+    columns = dataset.columns
+    last: dict[int, RankingRequest] = {}
+    appended = moved = 0
+    for request in dataset.serving_requests(200, 1, returning=0.4, growth=growth):
+        if before := last.get(request.user_key):
+            user = request.user_key % (len(columns.user_start) - 1)
+            first, stop = (int(row) for row in columns.user_start[user : user + 2])
+            since, until = (_position(columns, first, stop, r.events) for r in (before, request))
+            assert 1 <= len(np.unique(columns.time[since:until])) <= growth
+            if (since - first) // 16 == (until - first) // 16:
+                assert request.static_count == before.static_count
+                assert len(request.events) == len(before.events) + until - since
+                np.testing.assert_array_equal(request.events[: len(before.events)], before.events)
+                appended += 1
+            else:
+                moved += 1
+        last[request.user_key] = request
+    assert appended + moved == 80
+    assert appended > 3 * moved > 0
+
+
+def test_nobody_returns_unless_asked(dataset: Dataset) -> None:
+    assert len({r.user_key for r in dataset.serving_requests(500, 1, returning=0.0, growth=2)}) == 500
+
+
+def test_a_user_with_too_few_moments_returns_at_those_there_are(dataset: Dataset) -> None:
+    made = dataset.serving_requests(300, 1, returning=0.9, growth=10_000)
+    assert len({r.user_key for r in made}) == 30
+
+
 def _position(columns, first: int, last: int, events: np.ndarray) -> int:  # type: ignore[no-untyped-def]
     return next(
         row for row in range(last, first - 1, -1) if row - first >= len(events) and np.array_equal(columns.event_ids(row - len(events), row), events)
@@ -111,5 +145,7 @@ def test_the_same_seed_gives_the_same_list_and_another_another(dataset: Dataset)
 def test_limits_are_explained(dataset: Dataset) -> None:
     with pytest.raises(UserError, match=r"data\.max_candidates"):
         dataset.serving_requests(10, 0, candidates=(16, 65))
+    with pytest.raises(UserError, match="growth"):
+        dataset.serving_requests(10, 0, growth=-1)
     with pytest.raises(UserError, match="returning"):
         dataset.serving_requests(10, 0, returning=1.0)

@@ -81,6 +81,8 @@ def test_a_broken_engine_file_is_refused(tmp_path: Path, text: str) -> None:
         ({"quant.recipe": "int8_max"}, "int8"),
         ({"quant.recipe": "none"}, "fp32"),
         ({"quant.recipe": "fp8_max", "build.precision": "fp8"}, "fp8"),
+        ({"build.precision": "bf16", "engine.kv_cache_dtype": "fp8"}, "fp8"),
+        ({"build.precision": "bf16", "engine.kv_cache_dtype": "auto", "engine.quantization": "none"}, "bf16"),
     ],
 )
 def test_every_precision_has_a_tolerance(settings: dict[str, str], precision: str) -> None:

@@ -39,9 +39,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def session(engine: Path) -> Iterator[VllmSession]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        session = BACKEND.load(engine, stage(search_spaces.of("vllm", 2).defaults, ("engine", "serve")))
+    session = BACKEND.load(engine, stage(search_spaces.of("vllm", 2).defaults, ("engine", "serve")))
     yield session
     session.close()
 

@@ -1,132 +1,222 @@
-"""The session over an engine that answers, fails and dies on demand; vLLM itself is asked in test_engine and the contract tests."""
+"""The session over an engine that is not there: order, limits, faults and the end, without vLLM."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from pipeline.backends.vllm import session as module
-from pipeline.backends.vllm.backend import BACKEND, LOAD
-from pipeline.backends.vllm.payload import decode
+from pipeline.backends.vllm.payload import lengths_of
 from pipeline.backends.vllm.session import VllmSession
+from pipeline.contracts import RankingRequest, Remembering
 from pipeline.errors import InvalidRequest, MachineError, Overloaded, SettingsError
-from tests.factories import SCHEMA, jagged_requests, random_request
+from tests.factories import SCHEMA, random_request
 
 
-class Engine:
-    """Scores are the candidates' first column. `gate` holds every answer back; `fault` is raised instead of one."""
+class FakeEngine:
+    """Scores are a candidate's number in its request; half of every history is found in the cache."""
 
     def __init__(self) -> None:
-        cache = SimpleNamespace(block_size=32, gpu_memory_utilization=0.4, enable_prefix_caching=True, prefix_caching_hash_algo="xxhash")
-        scheduler = SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=4096, async_scheduling=False)
-        self.vllm_config = SimpleNamespace(cache_config=cache, scheduler_config=scheduler, model_config=SimpleNamespace(dtype="torch.bfloat16"))
-        self.gate, self.fault, self.errored, self.ended = asyncio.Event(), None, False, 0
+        self.errored = False
+        self.gate = asyncio.Event()
         self.gate.set()
+        self.fault: Exception | None = None
+        self.shape_off = 0
+        self.seen: list[tuple[Any, str]] = []
+        self.ended = 0
+        self.steps = 0
 
-    async def encode(self, prompt: dict[str, Any], payload: bytes, name: str) -> AsyncGenerator[Any, None]:
+    async def encode(self, prompt: Any, pooling_params: bytes, request_id: str) -> AsyncGenerator[Any, None]:
+        self.seen.append((prompt, request_id))
         await self.gate.wait()
         if self.fault:
             raise self.fault
-        parts = decode(payload)
-        assert len(prompt["prompt_token_ids"]) == parts.lengths.total
-        scores = np.repeat(parts.candidates[:, :1], 4, axis=1)
-        yield SimpleNamespace(outputs=SimpleNamespace(data=scores), num_cached_tokens=3)
+        lengths = lengths_of(pooling_params)
+        self.steps += 1
+        scores = torch.arange(lengths.candidates + self.shape_off, dtype=torch.bfloat16)[:, None].expand(-1, 4)
+        yield SimpleNamespace(outputs=SimpleNamespace(data=scores), num_cached_tokens=lengths.history // 2, finished=True)
+
+    async def collective_rpc(self, method: str) -> list[Any]:
+        if self.errored:
+            raise RuntimeError("dead")
+        return [{"read_back": {"engine.block_size": 32}, "counts": {"batches": self.steps, "compilations": 0}}[method]]
 
     def shutdown(self) -> None:
         self.ended += 1
 
 
+class Held:
+    """A session and the engine in it."""
+
+    def __init__(self, **changes: Any) -> None:
+        def start() -> FakeEngine:
+            self.engine = FakeEngine()
+            return self.engine
+
+        more = {"queue_limit": 8, "died": lambda: MachineError("vLLM's engine died: of nothing"), **changes}
+        self.session = VllmSession(start, lambda payload: payload, schema=SCHEMA, max_seq_len=256, **more)
+
+    def call(self, function: Any) -> None:
+        """In the loop's thread, as vLLM would."""
+        done = threading.Event()
+        self.session._loop.call_soon_threadsafe(lambda: (function(), done.set()))
+        assert done.wait(10)
+
+    def die(self) -> None:
+        def now() -> None:
+            self.engine.errored, self.engine.fault = True, RuntimeError("EngineDeadError")
+            self.engine.gate.set()
+
+        self.call(now)
+
+
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[VllmSession, Engine]]:
-    monkeypatch.setattr(module, "_params", lambda payload: payload)
-    engines: list[Engine] = []
-
-    def start(arguments: Any) -> Engine:
-        engines.append(Engine())
-        return engines[0]
-
-    session = VllmSession({}, schema=SCHEMA, max_seq_len=256, queue_limit=4, starter=start)
-    yield session, engines[0]
-    session.close()
+def held() -> Iterator[Held]:
+    made = Held()
+    yield made
+    made.session.close()
 
 
-def hold(session: VllmSession, engine: Engine, held: bool) -> None:
-    session._loop.call_soon_threadsafe(engine.gate.clear if held else engine.gate.set)
+@pytest.fixture
+def request_() -> RankingRequest:
+    return random_request(np.random.default_rng(0), static=10, realtime=5, candidates=6)
 
 
-def test_scores_come_back_and_are_counted(made: tuple[VllmSession, Engine]) -> None:
-    session, _ = made
-    requests = jagged_requests(np.random.default_rng(0), 4)
-    for request, future in zip(requests, [session.submit(request) for request in requests], strict=True):
+def test_scores_come_back_as_float32_and_totals_add_up(held: Held, request_: RankingRequest) -> None:
+    futures = [held.session.submit(request_) for _ in range(5)]
+    for future in futures:
         scores = future.result(10)
         assert scores.dtype == np.float32
-        np.testing.assert_array_equal(scores[:, 0], request.candidates[:, 0])
-    counters = session.counters()
-    assert (counters["requests"], counters["tokens"], counters["cached_tokens"]) == (4, sum(r.tokens for r in requests), 12)
+        np.testing.assert_array_equal(scores, np.arange(6, dtype=np.float32)[:, None].repeat(4, 1))
+    history = len(request_.user) + 15
+    assert held.session.counters() == {
+        "batches": 5, "compilations": 0, "requests": 5, "tokens": 5 * request_.tokens,
+        "history_tokens": 5 * history, "cached_tokens": 5 * (history // 2), "rejected": 0,
+    }  # fmt: skip
+    assert held.session.effective == {"engine.block_size": 32, "serve.queue_limit": 8}
+    assert len({name for _, name in held.engine.seen}) == 5
+    assert all(prompt["cache_salt"] and len(prompt["prompt_token_ids"]) == request_.tokens for prompt, _ in held.engine.seen)
 
 
-def test_settings_are_those_of_the_engine(made: tuple[VllmSession, Engine]) -> None:
-    assert made[0].effective == {
-        "build.precision": "bf16",
-        "engine.block_size": 32,
-        "engine.max_num_seqs": 8,
-        "engine.max_num_batched_tokens": 4096,
-        "engine.gpu_memory_utilization": 0.4,
-        "engine.enable_prefix_caching": True,
-        "engine.prefix_caching_hash_algo": "xxhash",
-        "engine.async_scheduling": False,
-        "serve.queue_limit": 4,
-    }
-    assert set(made[0].effective) - {"build.precision"} == set(LOAD)
+def test_what_was_kept_lies_under_another_salt_once_forgotten(held: Held, request_: RankingRequest) -> None:
+    for forget in (False, False, True):
+        if forget:
+            held.session.forget()
+        held.session.submit(request_).result(10)
+    first, second, third = (prompt["cache_salt"] for prompt, _ in held.engine.seen)
+    assert first == second != third
+    assert isinstance(held.session, Remembering)
 
 
-def test_a_wrong_id_is_refused_at_the_edge(made: tuple[VllmSession, Engine]) -> None:
-    request = random_request(np.random.default_rng(1))
-    request.events[0, 0] = 2**31
-    with pytest.raises(InvalidRequest):
-        made[0].submit(request)
+@pytest.mark.parametrize("bad", [2**31, 2**31 - 1, -1])
+def test_an_id_that_would_kill_the_engine_never_reaches_it(held: Held, request_: RankingRequest, bad: int) -> None:
+    for name in ("user", "events", "candidates"):
+        ids = getattr(request_, name).copy()
+        ids.flat[0] = bad
+        with pytest.raises(InvalidRequest, match="takes ids"):
+            held.session.submit(replace(request_, **{name: ids}))
+    assert not held.engine.seen
+    held.session.submit(request_).result(10)
 
 
-def test_a_full_queue_turns_away_and_close_finishes_the_rest(made: tuple[VllmSession, Engine]) -> None:
-    session, engine = made
-    hold(session, engine, True)
-    requests = jagged_requests(np.random.default_rng(2), 6)
-    futures = [session.submit(request) for request in requests]
-    assert [isinstance(f.exception(0), Overloaded) for f in futures[4:]] == [True, True]
-    assert session.counters()["rejected"] == 2
-    hold(session, engine, False)
-    session.close()
-    session.close()
-    assert all(len(future.result(0)) for future in futures[:4])
-    assert engine.ended == 1
+def test_more_than_may_wait_are_turned_away_at_once(held: Held, request_: RankingRequest) -> None:
+    held.call(held.engine.gate.clear)
+    futures = [held.session.submit(request_) for _ in range(12)]
+    refused = [future for future in futures if future.done()]
+    assert futures[8:] == refused
+    assert all(isinstance(future.exception(), Overloaded) for future in refused)
+    held.call(held.engine.gate.set)
+    assert all(future.exception(10) is None for future in futures[:8])
+    assert held.session.counters()["rejected"] == 4
+    assert held.session.submit(request_).exception(10) is None
+
+
+def test_one_requests_fault_is_its_own(held: Held, request_: RankingRequest) -> None:
+    held.call(lambda: setattr(held.engine, "fault", ValueError("this one")))
+    assert "this one" in str(held.session.submit(request_).exception(10))
+    held.call(lambda: setattr(held.engine, "fault", None))
+    assert held.session.submit(request_).exception(10) is None
+    held.call(lambda: setattr(held.engine, "shape_off", -1))
+    assert "scores are [K, heads] = [6, 4], vLLM gave [5, 4]" in str(held.session.submit(request_).exception(10))
+
+
+def test_what_vllm_wraps_is_unwrapped(held: Held, request_: RankingRequest) -> None:
+    wrapped = RuntimeError()
+    wrapped.__cause__ = ValueError("the reason")
+    held.call(lambda: setattr(held.engine, "fault", wrapped))
+    assert str(held.session.submit(request_).exception(10)) == "the reason"
+
+
+def test_a_dead_engine_fails_who_waits_and_who_comes_later(held: Held, request_: RankingRequest) -> None:
+    held.session.submit(request_).result(10)
+    held.session.counters()
+    held.call(held.engine.gate.clear)
+    waiting = [held.session.submit(request_) for _ in range(3)]
+    held.die()
+    assert all(isinstance(future.exception(10), MachineError) for future in waiting)
+    assert "of nothing" in str(held.session.submit(request_).exception(10))
+    assert len(held.engine.seen) == 4
+    assert held.session.counters()["batches"] == 1  # the last known
+    held.session.close()
+    assert held.engine.ended == 1
+
+
+def test_a_death_between_requests_is_noticed_by_who_asks(held: Held, request_: RankingRequest) -> None:
+    held.die()
+    assert held.session.counters()["requests"] == 0
+    assert isinstance(held.session.submit(request_).exception(10), MachineError)
+
+
+def test_a_cancelled_request_frees_its_place(held: Held, request_: RankingRequest) -> None:
+    block = threading.Event()
+    held.session._loop.call_soon_threadsafe(block.wait)
+    futures = [held.session.submit(request_) for _ in range(8)]
+    assert all(future.cancel() for future in futures)
+    block.set()
+    held.call(lambda: None)
+    assert [held.session.submit(request_).exception(10) for _ in range(4)] == [None] * 4
+
+
+def test_closing_finishes_what_was_submitted_and_is_done_once(request_: RankingRequest) -> None:
+    closed: list[int] = []
+    held = Held(on_close=lambda: closed.append(1))
+    held.call(held.engine.gate.clear)
+    futures = [held.session.submit(request_) for _ in range(5)]
+    threading.Timer(0.2, lambda: held.call(held.engine.gate.set)).start()
+    held.session.close()
+    held.session.close()
+    assert all(future.exception(0) is None for future in futures)
+    assert (held.engine.ended, closed) == (1, [1])
+    assert held.session.counters()["batches"] == 5
+    assert "vllm" not in {thread.name for thread in threading.enumerate()}
     with pytest.raises(RuntimeError, match="closed"):
-        session.submit(requests[0])
+        held.session.submit(request_)
 
 
-def test_one_failure_is_its_own_and_a_dead_engine_is_everybodys(made: tuple[VllmSession, Engine]) -> None:
-    session, engine = made
-    request = random_request(np.random.default_rng(3))
-    engine.fault = ValueError("no")
-    with pytest.raises(ValueError, match="no"):
-        session.submit(request).result(10)
-    engine.fault = None
-    assert len(session.submit(request).result(10))
-    engine.fault, engine.errored = RuntimeError("killed"), True
-    for _ in range(2):
-        with pytest.raises(MachineError, match=r"vllm's engine process has ended \(RuntimeError: killed\); load"):
-            session.submit(request).result(10)
+def test_a_start_that_fails_leaves_nothing() -> None:
+    def start() -> FakeEngine:
+        raise SettingsError("no")
+
+    with pytest.raises(SettingsError, match="no"):
+        VllmSession(start, lambda payload: payload, schema=SCHEMA, max_seq_len=256, queue_limit=8)
+    assert "vllm" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_an_engine_that_does_not_start_says_why(tmp_path: Any) -> None:
-    def refuse(arguments: Any) -> Any:
-        raise SettingsError("vllm refuses these settings: block size")
+def test_an_engine_that_cannot_say_its_settings_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[FakeEngine] = []
 
-    with pytest.raises(SettingsError, match="block size"):
-        VllmSession({}, schema=SCHEMA, max_seq_len=256, queue_limit=4, starter=refuse)
-    with pytest.raises(SettingsError, match=r"engine\.block_size takes one of 16, 32, 64, 128, got 8"):
-        BACKEND.load(tmp_path, {"engine.block_size": 8})
+    def start() -> FakeEngine:
+        engines.append(FakeEngine())
+        engines[0].errored = True
+        return engines[0]
+
+    with pytest.raises(MachineError, match="died"):
+        VllmSession(start, lambda payload: payload, schema=SCHEMA, max_seq_len=256, queue_limit=8)
+    assert engines[0].ended == 1
