@@ -136,6 +136,11 @@ class VllmSession:
     # -- in the loop's thread
 
     def _begin(self, request: RankingRequest, future: Future[Scores], generation: int) -> None:
+        if future.cancelled():
+            with self._lock:
+                self._open.discard(future)
+            future.set_running_or_notify_cancel()  # tells who waits for it
+            return
         task = self._loop.create_task(self._score(request, future, generation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
