@@ -97,8 +97,8 @@ def rounded(model: MTGR, weights: Mapping[str, Tensor], scales: Mapping[str, flo
 
 
 def _rounding(scale: float) -> Any:
-    # In the quantiser's order of operations: a value in the middle between two steps then falls to the same side.
-    factor = torch.tensor(1 / scale, dtype=torch.float32)
+    # By the quantiser's own operations (torch makes a reciprocal and a product of them): a value between two steps falls to the same side.
+    factor = LARGEST / torch.tensor(scale * LARGEST, dtype=torch.float32)
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return ((inputs[0] * factor).clamp(-LARGEST, LARGEST).to(FP8).float() * (1 / factor), *inputs[1:])

@@ -96,6 +96,8 @@ class Mask(NamedTuple):
     candidate_limit: Tensor
     candidate_tiles: Tensor
     block: int
+    pages: Any = None
+    """Of a subclass whose histories' keys do not lie among the rows."""
 
 
 class Block(nn.Module):
@@ -120,7 +122,7 @@ class Block(nn.Module):
         if self.last:
             return self._last(x, mask)
         u, q, k, v = self.uqkv.silu(self.norm1(x, mask.kind)).split(self.width, dim=1)
-        seen = ops.attention(q, k, v, mask.tiles, mask.tiles[:0], mask.limit, self.heads, mask.block, self.alpha, self.scale, self.tf32)
+        seen = self.attend(q, k, v, mask.tiles, mask.limit, mask)
         return self.merge.add(self.norm2.gated(seen, u, mask.kind), x)
 
     def _last(self, x: Tensor, mask: Mask) -> Tensor:
@@ -129,9 +131,12 @@ class Block(nn.Module):
         own = normed.view(torch.uint8).index_select(0, rows).view(normed.dtype) if normed.dtype == FP8 else normed.index_select(0, rows)
         u, q = self.uq.silu((own, scale.index_select(0, rows) if len(scale) else scale)).split(self.width, dim=1)
         k, v = self.kv.silu((normed, scale)).split(self.width, dim=1)
-        tiles, limit = mask.candidate_tiles, mask.candidate_limit
-        seen = ops.attention(q, k, v, tiles, tiles[:0], limit, self.heads, mask.block, self.alpha, self.scale, self.tf32)
+        seen = self.attend(q, k, v, mask.candidate_tiles, mask.candidate_limit, mask)
         return self.merge.add(self.norm2.gated(seen, u, mask.kind.index_select(0, rows)), x.index_select(0, rows))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, limit: Tensor, mask: Mask) -> Tensor:
+        """[Q, width] rows of all tokens or of the candidates, as `tiles` and `limit` are."""
+        return ops.attention(q, k, v, tiles, tiles[:0], limit, self.heads, mask.block, self.alpha, self.scale, self.tf32)
 
 
 def readers(block: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -174,6 +179,8 @@ def silu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 class FusedMTGR(nn.Module):
     """The network. Inputs are `jagged.pack_jagged`'s arrays in the order of NAMES, as tensors on one device."""
+
+    block = Block
 
     table: Tensor
     user_weight: Tensor
@@ -218,7 +225,7 @@ class FusedMTGR(nn.Module):
         self.candidate_mlp = Mlp(embedding.candidate_mlp, rows, torch.cat([columns[cross:], columns[:cross]]))
         self.token_gate = model.token_gate
         self.blocks = nn.ModuleList(
-            Block(block, config.heads, product, rows, precision == "tf32", input_scales and _of_block(number, input_scales))
+            self.block(block, config.heads, product, rows, precision == "tf32", input_scales and _of_block(number, input_scales))
             for number, block in enumerate(model.blocks)
         )
         heads: Any = model.heads
@@ -248,10 +255,12 @@ class FusedMTGR(nn.Module):
     ) -> Tensor:  # fmt: skip
         """[C, heads] float32 probabilities. `block` is the tiles' own."""
         x = self._tokens(user_rows, event_rows, candidate_rows, cross, token_source, kind)
+        return self._scores(x, Mask(kind, limit, tiles, candidate_tokens, candidate_limit, candidate_tiles, block))
+
+    def _scores(self, x: Tensor, mask: Mask) -> Tensor:
         if self.token_gate is not None:
             x = self.token_gate(x)
         x = x.to(self.residual)
-        mask = Mask(kind, limit, tiles, candidate_tokens, candidate_limit, candidate_tiles, block)
         for layer in self.blocks:
             x = layer(x, mask)
         return torch.sigmoid(self._heads(x.to(self.rows)))

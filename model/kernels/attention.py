@@ -39,12 +39,12 @@ def silu(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _keys(k_tiles, v_tiles, first_key, table, head, n, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr):
+def _keys(k_tiles, v_tiles, first_key, table, head, n, TYPE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr):
     """Keys and values n to n + BLOCK of a request: token rows, or rows of the one page they lie in (keys of a page come before its values)."""
     if PAGE:
         page = tl.load(table + n // PAGE)
         row = page * (2 * PAGE) + n % PAGE
-        return k_tiles.load([row, head * WIDTH]), v_tiles.load([row + PAGE, head * WIDTH])
+        return k_tiles.load([row, head * WIDTH]).to(TYPE), v_tiles.load([row + PAGE, head * WIDTH]).to(TYPE)
     else:
         return k_tiles.load([first_key + n, head * WIDTH]), v_tiles.load([first_key + n, head * WIDTH])
 
@@ -84,16 +84,16 @@ def _forward(
     full = max(begin, min(low // BLOCK_N * BLOCK_N, last))
     last = max(full, last)
     for at in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
-        k, v = _keys(k_tiles, v_tiles, first_key, table, head, at, BLOCK_N, WIDTH, PAGE)
+        k, v = _keys(k_tiles, v_tiles, first_key, table, head, at, q.dtype, BLOCK_N, WIDTH, PAGE)
         score = tl.dot(q, k.T, input_precision=PRECISION)
         acc = tl.dot(silu(score * alpha, FAST).to(v.dtype), v, acc, input_precision=PRECISION)
     for at in tl.range(full, last, BLOCK_N, num_stages=2):
-        k, v = _keys(k_tiles, v_tiles, first_key, table, head, at, BLOCK_N, WIDTH, PAGE)
+        k, v = _keys(k_tiles, v_tiles, first_key, table, head, at, q.dtype, BLOCK_N, WIDTH, PAGE)
         score = tl.dot(q, k.T, input_precision=PRECISION)
         weight = tl.where((at + n)[None, :] < limit[:, None], silu(score * alpha, FAST), 0.0)
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
     if last < end:
-        k, v = _keys(k_tiles, v_tiles, first_key, table, head, last, BLOCK_N, WIDTH, PAGE)
+        k, v = _keys(k_tiles, v_tiles, first_key, table, head, last, q.dtype, BLOCK_N, WIDTH, PAGE)
         score = tl.dot(q, k.T, input_precision=PRECISION)
         weight = tl.where((last + n)[None, :] < limit[:, None], silu(score * alpha, FAST), 0.0)
         # Rows beyond a request's history are other tokens, or a page's leftovers: any bits, NaN too. 0 * NaN would be NaN. Only here, because
@@ -130,8 +130,9 @@ def forward(
     """[Q, heads * width] queries, [T, heads * width] keys and values -> [Q, heads * width], in `out_dtype` (that of `q`).
 
     `tiles` [n, 8] and `limit` [Q] are int32 as of `tiles.query_tiles`. With `cache` [blocks, 2, page, heads, width] and the block `table`
-    [B, pages] the history's keys are those of the pages, and `k`, `v` hold only the candidates' own. `splits` cut each tile's keys among as
-    many programs, for few queries over long histories. Rows that no tile covers come out unwritten. Raises ValueError for what does not fit.
+    [B, pages] the history's keys are those of the pages, of the type of `q` or fp8 (E4M3), and `k`, `v` hold only the candidates' own. `splits` cut
+    each tile's keys among as many programs, for few queries over long histories. Rows that no tile covers come out unwritten.
+    Raises ValueError for what does not fit.
     """
     width = check(q, k, v, tiles, limit, heads, block_m, cache, table)
     how = shape(width, q.dtype, block_m)
@@ -187,8 +188,10 @@ def check(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, limit: Tensor, heads: 
     if (cache is None) != (table is None):
         raise ValueError("a cache comes with its block table, and a table with its cache; got one of them")
     if cache is not None and table is not None:
-        if cache.ndim != 5 or cache.shape[1] != 2 or tuple(cache.shape[3:]) != (heads, width) or cache.dtype != q.dtype or not cache.is_contiguous():
-            raise ValueError(f"cache is a contiguous [blocks, 2, page, {heads}, {width}] of {q.dtype}, got {tuple(cache.shape)} of {cache.dtype}")
+        if cache.ndim != 5 or cache.shape[1] != 2 or tuple(cache.shape[3:]) != (heads, width) or not cache.is_contiguous():
+            raise ValueError(f"cache is a contiguous [blocks, 2, page, {heads}, {width}], got {tuple(cache.shape)} of {cache.dtype}")
+        if cache.dtype not in (q.dtype, torch.float8_e4m3fn):
+            raise ValueError(f"pages are {q.dtype} like q, or float8_e4m3fn, got {cache.dtype}")
         page = cache.shape[2]
         if page < 16 or page & (page - 1):
             raise ValueError(f"a page holds a power of two of at least 16 tokens, got {page}")

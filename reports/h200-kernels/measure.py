@@ -2,7 +2,7 @@
 
     python reports/h200-kernels/measure.py OUT [section ...]
 
-Sections: ceilings, attention, memory, stack, profile, layers, engine, fuzz. All compared figures come from one run; times are medians over CUDA events of
+Sections: ceilings, attention, memory, stack, profile, layers, engine, alone, fuzz. All compared figures come from one run; times are medians over CUDA events of
 captured graphs (attention, stack, layers) or of repeated launches (ceilings, memory, the eager rows), on random data. `report.py` beside this turns results.json into report.md.
 """
 
@@ -29,10 +29,11 @@ from torch.nn import functional  # noqa: E402
 from model.batch import pack  # noqa: E402
 from model.config import SIZES  # noqa: E402
 from model.fused import FusedMTGR  # noqa: E402
-from model.jagged import NAMES, TableRows, pack_jagged  # noqa: E402
+from model.jagged import NAMES, TableRows, pack_jagged, sizes_of  # noqa: E402
 from model.kernels import attention, attention_backward  # noqa: E402
 from model.kernels.norms import LARGEST  # noqa: E402
 from model.kernels.tiles import KEY_BLOCK, key_tiles, query_tiles  # noqa: E402
+from model.ladder import fitting  # noqa: E402
 from model.network import MTGR, block_flops  # noqa: E402
 from pipeline.contracts import HEADS, Feature, FeatureSchema, RankingRequest  # noqa: E402
 
@@ -366,12 +367,13 @@ def engine() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         checkpoint.save(place / "checkpoint", MTGR(SIZES["large"], _schema()))
-        for precision, residual in (("bf16", "fp32"), ("fp8", "half")):
-            out = place / precision
+        for precision, residual, inflight in (("bf16", "fp32", 1), ("bf16", "fp32", 2), ("fp8", "half", 1), ("fp8", "half", 2)):
+            out = place / f"{precision}-{inflight}"
             out.mkdir()
             BACKEND.build(place / "checkpoint", {"build.precision": precision, "build.residual": residual}, out)
             began = time.perf_counter()
-            session = BACKEND.load(out, {"engine.steps": 2, "serve.max_batch_tokens": 65_536, "serve.max_wait_ms": 0.0})
+            served = {"engine.steps": 2, "engine.inflight": inflight, "serve.max_batch_tokens": 65_536, "serve.max_wait_ms": 0.0}
+            session = BACKEND.load(out, served)
             loaded = time.perf_counter() - began
             try:
                 load.warm_up(session, requests, 96, 1.0, print)
@@ -380,7 +382,14 @@ def engine() -> list[dict[str, Any]]:
                 arrivals = np.cumsum(np.random.default_rng(3).exponential(1 / rate, int(4 * rate)))
                 sent = [replace(requests[i % len(requests)], arrival_s=float(at)) for i, at in enumerate(arrivals)]
                 window = load.open_loop(session, sent)
-                row = {"precision": precision, "residual": residual, "load_s": loaded, "peak_rps": full.rate_rps, "rate_rps": rate}
+                row = {
+                    "precision": precision,
+                    "residual": residual,
+                    "inflight": inflight,
+                    "load_s": loaded,
+                    "peak_rps": full.rate_rps,
+                    "rate_rps": rate,
+                }
                 row |= {f"alone_ms/p{p}": float(np.percentile(alone.latency_ms, p)) for p in (50, 99)}
                 row |= {f"latency_ms/p{p}": float(np.percentile(window.latency_ms, p)) for p in (50, 99)}
                 rows.append(row | {"late_ms/p99": float(np.percentile(window.late_ms, 99)), "requests": len(sent)})
@@ -390,8 +399,67 @@ def engine() -> list[dict[str, Any]]:
     return rows
 
 
+@torch.inference_mode()
+def alone() -> list[dict[str, Any]]:
+    """Where the time of a request with nobody beside it goes, bf16: each row holds the ones above it."""
+    from pipeline.backends.fused import Batches
+
+    torch.manual_seed(0)
+    schema, request = _schema(), _requests(1, 2048, 0.0)
+    network = _fused(MTGR(SIZES["large"], schema).to(GPU).eval(), "bf16", request)
+    inputs = [_up(pack_jagged(request, TableRows(schema), 64)[name]) for name in NAMES]
+    rows = [{"what": "the network, a graph of just its size, back to back", "ms": _graph_ms(_captured(lambda: network(*inputs, 64)))}]
+    batches = Batches(network, 65_536, steps=2, device=GPU, graphs=True, block=0)
+    batches.rungs = [next(rung for rung in batches.rungs if rung >= 2048)]  # the one rung it uses: the others take their time to capture
+    batches.start()
+    room = fitting(sizes_of(request, 64), batches.rungs[0], 64)
+    assert room is not None
+    used = batches._slots[room].graph
+    batches.run(request)
+    rows.append({"what": "the graph of the ladder's size, back to back", "ms": _graph_ms(used.replay)})
+
+    def wall(f: Callable[[], object], idle_s: float = 0.0) -> float:
+        times = []
+        for _ in range(200):
+            torch.cuda.synchronize()
+            time.sleep(idle_s)
+            began = time.perf_counter()
+            f()
+            times.append(time.perf_counter() - began)
+        return 1e3 * float(np.median(times))
+
+    def replayed() -> None:
+        used.replay()
+        torch.cuda.synchronize()
+
+    rows.append({"what": "the same, begun and waited for by the host", "ms": wall(replayed)})
+    rows.append({"what": "with packing and both copies", "ms": wall(lambda: batches.run(request))})
+    rows.append({"what": "with packing and both copies, 2 ms of idleness before", "ms": wall(lambda: batches.run(request), 2e-3)})
+    lane, slot = batches._free[0], batches._slots[room]
+    names = lane.arrays[room]
+
+    def finished() -> None:
+        event = batches._enqueue(lane, slot, CANDIDATES)
+        assert event is not None
+        event.synchronize()
+
+    rows.append(
+        {"what": "of that: packing into the pinned buffer", "ms": wall(lambda: pack_jagged(request, batches.rows, 64, sizes=room, out=names))}
+    )
+    rows.append({"what": "of that: both copies and the graph, until the host goes on", "ms": wall(lambda: batches._enqueue(lane, slot, CANDIDATES))})
+    rows.append({"what": "of that: both copies and the graph, until they are done", "ms": wall(finished)})
+    copy = lane.there[: slot.size].copy_
+    rows.append(
+        {"what": "of that: the copy to the GPU", "ms": wall(lambda: (copy(lane.host[: slot.size], non_blocking=True), torch.cuda.synchronize()))}
+    )
+    back = lane.scores[:CANDIDATES].copy_
+    rows.append({"what": "of that: the copy back", "ms": wall(lambda: (back(slot.result[:CANDIDATES], non_blocking=True), torch.cuda.synchronize()))})
+    batches.close()
+    return rows
+
+
 SECTIONS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "ceilings": ceilings, "attention": attention_rows, "memory": memory, "stack": stack, "profile": profile, "layers": layers, "engine": engine, "fuzz": fuzz,
+    "ceilings": ceilings, "attention": attention_rows, "memory": memory, "stack": stack, "profile": profile, "layers": layers, "engine": engine, "alone": alone, "fuzz": fuzz,
 }  # fmt: skip
 
 

@@ -106,3 +106,16 @@ def test_only_who_names_the_recipe_gets_its_weights(folder: Path, base: Path, tm
         checkpoint.load(base / "checkpoint", "fp8_max")
     with pytest.raises(CheckpointError, match=r"quant\.recipe=none, and its is fp8_max"):
         quantise(folder, "fp8_max", base / "calibration.npz", tmp_path / "twice", lambda share, text: None)
+
+
+def test_values_between_two_steps_fall_to_the_quantisers_side() -> None:
+    """One bit of the factor decides there, and with millions of values some lie there."""
+    from modelopt.torch.quantization.tensor_quant import scaled_e4m3
+
+    steps = torch.arange(1, 127, dtype=torch.uint8).view(scales.FP8).float()
+    middles = (steps[1:] + steps[:-1]) / 2
+    for amax in (torch.rand(200, generator=torch.manual_seed(0)) * 20 + 0.01).tolist():
+        largest = torch.tensor(amax)
+        near = torch.cat([torch.nextafter(middle, torch.tensor(end)) for middle in (middles * (largest / 448),) for end in (0.0, 1e9)])
+        scale = float(largest) / scales.LARGEST
+        assert torch.equal(scales._rounding(scale)(torch.nn.Identity(), (near,))[0], scaled_e4m3(near, largest, None, 4, 3))

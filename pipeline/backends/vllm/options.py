@@ -50,11 +50,13 @@ def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) 
     args["dtype"] = DTYPES[precision]  # vLLM's own choice for pooling is fp16, which loses small scores
     if mib := int(settings.get("engine.kv_cache_memory_mib", 0)):
         args["kv_cache_memory_bytes"] = mib * MIB
-    if (quantization := str(settings.get("engine.quantization", "none"))) != "none":
-        args["quantization"] = quantization
     if "engine.cudagraph_capture_tokens" in settings:
-        args["compilation_config"] = _graphs(int(settings["engine.cudagraph_capture_tokens"]), args)
+        args.update(_graphs(int(settings["engine.cudagraph_capture_tokens"]), args))
+    if quantised := str(settings.get("engine.quantization", "none")) != "none":
+        args["additional_config"] = {**args.get("additional_config", {}), "fp8": True}
     _check(args)
+    if quantised:
+        _check_quantised(str(settings["engine.quantization"]), args)
 
     from vllm.config import PoolerConfig
 
@@ -64,7 +66,7 @@ def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) 
 def capture_sizes(largest: int) -> list[int]:
     """Rows of the steps that are captured as CUDA graphs, up to `largest`; other steps are padded to the next size.
 
-    From SMALLEST on, eight sizes an octave: padding is a sixteenth on average, and 8,192 rows take 53 graphs, seconds of startup. A step larger than
+    From SMALLEST on, eight sizes an octave: padding is a sixteenth on average, and 8,192 rows take 53 sizes, seconds of startup. A step larger than
     the last runs without a graph: it keeps the device busy for longer than its launches take.
     """
     sizes = {16, 32, 64, 96, largest}
@@ -76,13 +78,15 @@ def capture_sizes(largest: int) -> list[int]:
 
 
 def _graphs(largest: int, args: Mapping[str, Any]) -> dict[str, Any]:
-    """What vLLM captures. Attention stays between the pieces, because its step is other every time; nothing at all with 0 rows."""
+    """What is captured: on one GPU whole steps, by `inside.graphs`; else by vLLM, whose graphs leave attention out. Nothing with 0 rows."""
     if largest < 0:
         raise SettingsError(f"engine.cudagraph_capture_tokens is 0, for no graphs, or the rows of the largest, got {largest}")
     largest = min(largest, int(args.get("max_num_batched_tokens", largest)))
-    if not largest:
-        return {"cudagraph_mode": "NONE"}
-    return {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": capture_sizes(largest)}
+    if args.get("tensor_parallel_size", 1) > 1:
+        pieces = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": capture_sizes(largest)} if largest else {"cudagraph_mode": "NONE"}
+        return {"compilation_config": pieces}
+    eager = bool(args.get("enforce_eager")) or not largest
+    return {"enforce_eager": True, "additional_config": {} if eager else {"capture": capture_sizes(largest)}}
 
 
 def _check(args: Mapping[str, Any]) -> None:
@@ -93,5 +97,17 @@ def _check(args: Mapping[str, Any]) -> None:
         )
     if (size := int(args.get("block_size", 16))) < 16 or size % 16:
         raise SettingsError(f"engine.block_size is a multiple of 16, got {size}; vLLM would die on it later")
-    if str(args.get("kv_cache_dtype", "auto")).startswith("fp8"):
-        raise SettingsError(f"engine.kv_cache_dtype is auto: attention applies no scales of fp8 pages, got {args['kv_cache_dtype']}")
+    if (pages := args.get("kv_cache_dtype", "auto")) not in ("auto", "fp8"):
+        raise SettingsError(f"engine.kv_cache_dtype is auto or fp8, which is E4M3, got {pages}")
+    if pages == "fp8" and args["dtype"] == "float32":
+        raise SettingsError("engine.kv_cache_dtype=fp8 goes with rows of 16 bits, got build.precision=fp32; build in bf16 or keep auto")
+
+
+def _check_quantised(how: str, args: Mapping[str, Any]) -> None:
+    """fp8 products are those of our kernels, whose norms write fp8 rows with their scales: vLLM's own would quantise in a pass of its own."""
+    if how != "fp8":
+        raise SettingsError(f"engine.quantization is none or fp8, got {how}")
+    if args["dtype"] != "bfloat16":
+        raise SettingsError(f"engine.quantization=fp8 goes with build.precision=bf16, got {args['dtype']}; build in bf16")
+    if args.get("tensor_parallel_size", 1) > 1:
+        raise SettingsError(f"engine.quantization=fp8 is for one GPU, got engine.tensor_parallel_size={args['tensor_parallel_size']}; set it to 1")

@@ -3,19 +3,22 @@
 vLLM's scheduler decides which requests a step computes and how many of their first tokens it finds in its cache. What it leaves are the last
 history tokens of each request, perhaps none, and all of its candidates: chunked prefill is off, because a candidate list cut in two would need its
 scores put together, and static tokens see each other both ways. The twin of `model.jagged`, whose requests are always whole.
+
+A step that is to run as a captured graph has the `Room` of one: its arrays are longer, and what is added belongs to no tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.kernels.tiles import candidate_tiles, query_tiles
+from model.kernels.tiles import COLUMNS, candidate_tiles, query_tiles
 from model.packing import CANDIDATE, REALTIME, STATIC, USER
 from pipeline.backends.vllm.payload import Parts
 
@@ -23,16 +26,72 @@ Ints = NDArray[np.int32]
 
 SMALL = 4096
 """Rows up to which query tiles of 64 rows are faster than of 128: larger ones do not fill the chip (reports/h200-kernels)."""
+WHOLE = 256
+"""Rows from which on steps of whole histories have graphs of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """How much of everything a step has, or has room for."""
+
+    rows: int
+    requests: int
+    events: int
+    candidates: int
+    tiles: int
+    candidate_tiles: int
+
+    @property
+    def block(self) -> int:
+        """Rows of a query tile."""
+        return 64 if self.rows <= SMALL else 128
+
+    def shapes(self, columns: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Of a step's arrays, in their order; `columns` are those of users, events, candidates and cross features."""
+        users, events, candidates, cross = columns
+        return {
+            "user_ids": (self.requests, users),
+            "event_ids": (self.events, events),
+            "candidate_ids": (self.candidates, candidates),
+            "cross": (self.candidates, cross),
+            **dict.fromkeys(("token_source", "kind", "limit"), (self.rows,)),
+            "tiles": (self.tiles, COLUMNS),
+            **dict.fromkeys(("candidate_rows", "candidate_limit"), (self.candidates,)),
+            "candidate_tiles": (self.candidate_tiles, COLUMNS),
+        }
+
+
+def rooms(sizes: Sequence[int]) -> tuple[Room, ...]:
+    """Of the graphs of up to `sizes` (ascending) rows, the smallest first.
+
+    One of each size is for steps of candidates, as they are when histories are cached, with up to half as many events. From WHOLE rows on, every
+    other size is also there for steps of whole histories, with up to half as many candidates. Those have most of their candidates' room empty,
+    which costs a part of the last layer.
+    """
+    whole = [size for size in sizes if size >= WHOLE]
+    found = [_room(size, events=size // 2, candidates=size) for size in sizes]
+    found += [_room(size, events=size, candidates=size // 2) for size in {*whole[::2], *whole[-1:]}]
+    return tuple(sorted(found, key=lambda room: (room.rows, room.candidates)))
+
+
+def _room(rows: int, events: int, candidates: int) -> Room:
+    tiles = max(4, rows // 16)
+    return Room(rows=rows, requests=max(1, rows // 32), events=events, candidates=candidates, tiles=tiles, candidate_tiles=tiles)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """B requests; T rows, C of them candidates, E events that make rows. Tensors are int32 but for cross, and lie on one device."""
+    """B requests; T rows, C of them candidates, E events that make rows. Tensors are int32 but for cross, and lie on one device.
+
+    Those of a step with a `room` are longer: its graph's.
+    """
 
     history: list[int]  # B: tokens whose keys are in the pages once the step has written its own
     rows: list[int]  # B: history tokens that are rows
     candidates: list[int]  # B
     block: int  # rows of a query tile
+    room: Room | None  # of the graph this step runs as
+    flat: Tensor  # int32: all that follows
     user_ids: Tensor  # [B, n_u]
     event_ids: Tensor  # [E, event columns]
     candidate_ids: Tensor  # [C, candidate columns]
@@ -46,10 +105,19 @@ class Step:
     candidate_tiles: Tensor  # [m, 8]
 
 
-def plan(parts: Sequence[Parts], computed: Sequence[int], scheduled: Sequence[int], device: torch.device, *, dynamic: bool = True) -> Step:
+def plan(
+    parts: Sequence[Parts],
+    computed: Sequence[int],
+    scheduled: Sequence[int],
+    device: torch.device,
+    *,
+    dynamic: bool = True,
+    graphs: Sequence[Room] = (),
+) -> Step:
     """The step that computes `scheduled` tokens of each request after the first `computed`. `dynamic` False makes the history causal.
 
-    Raises RuntimeError for a step that leaves part of a request, or begins behind its history: its scores would be wrong.
+    It takes the room of the first of the `graphs` (as of `rooms`) that holds it, if there is one. Raises RuntimeError for a step that leaves
+    part of a request, or begins behind its history: its scores would be wrong.
     """
     lengths = [p.lengths for p in parts]
     user, static, realtime, offered = np.array([n[:4] for n in lengths], np.int32).T
@@ -63,23 +131,25 @@ def plan(parts: Sequence[Parts], computed: Sequence[int], scheduled: Sequence[in
         )
     rows, skipped = history - found, np.maximum(found - user, 0)
     events, start = static + realtime - skipped, _before(asked)
+    needed = _needed(rows, offered, events)
+    held = next((graph for graph in graphs if graph.rows >= needed.rows and _holds(graph, rows, offered, events)), None)
+    room = held or needed
     number = np.arange(asked.sum(), dtype=np.int32)
     # A request is four runs of tokens, less what was computed before: each is of one kind, and its sources count up.
     ends = np.stack([user, known, history, history + offered], axis=1)
     runs = np.diff(np.maximum(ends, found[:, None]), axis=1, prepend=found[:, None]).ravel()
-    users = user.sum(dtype=np.int32)
+    users = room.requests * user[0]
     of_event = users + _before(events) - user - skipped
-    moved = np.stack([_before(user), of_event, of_event, users + events.sum(dtype=np.int32) + _before(offered) - history], axis=1)
-    candidate_rows = number[: offered.sum()] + np.repeat(start + rows - _before(offered), offered)
+    moved = np.stack([_before(user), of_event, of_event, users + room.events + _before(offered) - history], axis=1)
+    candidate_rows = number[: needed.candidates] + np.repeat(start + rows - _before(offered), offered)
     candidate_limit = np.repeat(known, offered) + np.concatenate([p.visible for p in parts])
     limit = number + np.repeat(found - start + 1, asked)
     if dynamic:
         np.maximum(limit, np.repeat(known, asked), out=limit)
     limit[candidate_rows] = candidate_limit
-    block = 64 if len(number) <= SMALL else 128
-    tiles = query_tiles(rows, offered, limit, block, cached=found)
+    tiles = query_tiles(rows, offered, limit, room.block, cached=found)
     arrays = {
-        "user_ids": np.stack([p.user for p in parts]),
+        "user_ids": np.concatenate([p.user for p in parts]),
         "event_ids": np.concatenate([p.events[skip:] for p, skip in zip(parts, skipped.tolist(), strict=True)]),
         "candidate_ids": np.concatenate([p.candidates for p in parts]),
         "cross": np.concatenate([p.cross for p in parts]),
@@ -91,27 +161,58 @@ def plan(parts: Sequence[Parts], computed: Sequence[int], scheduled: Sequence[in
         "candidate_limit": candidate_limit,
         "candidate_tiles": candidate_tiles(tiles, rows),
     }
-    return Step(history=history.tolist(), rows=rows.tolist(), candidates=offered.tolist(), block=block, **_sent(arrays, device))
+    shapes = room.shapes((lengths[0].user, lengths[0].event_columns, lengths[0].candidate_columns, lengths[0].cross_columns))
+    flat = _sent(arrays, shapes, device)
+    return Step(
+        history=history.tolist(), rows=rows.tolist(), candidates=offered.tolist(), block=room.block, room=held, flat=flat, **views(flat, shapes)
+    )  # fmt: skip
 
 
-def _sent(arrays: dict[str, NDArray[np.generic]], device: torch.device) -> dict[str, Tensor]:
-    """The arrays on `device`, in one copy: they are many and small, and each copy costs as much as its kernel launch.
+def _needed(rows: Ints, offered: Ints, events: Ints, block: int | None = None) -> Room:
+    total = int(rows.sum() + offered.sum())
+    block = block or (64 if total <= SMALL else 128)
+    of_candidates = int((-(-offered // block)).sum())
+    return Room(
+        rows=total, requests=len(rows), events=int(events.sum()), candidates=int(offered.sum()),
+        tiles=int((-(-rows // block)).sum()) + of_candidates, candidate_tiles=of_candidates,
+    )  # fmt: skip
 
-    Each begins at a multiple of 16 bytes, which kernels like.
+
+def _holds(room: Room, rows: Ints, offered: Ints, events: Ints) -> bool:
+    """Whether the step fits."""
+    needed = _needed(rows, offered, events, room.block)
+    return all(getattr(needed, part) <= getattr(room, part) for part in ("requests", "events", "candidates", "tiles", "candidate_tiles"))
+
+
+def words(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Of 32 bits, in the flat array that holds all: each begins at a multiple of 16 bytes, which kernels like."""
+    return sum(-(-prod(shape) // 4) * 4 for shape in shapes.values())
+
+
+def views(flat: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The arrays within `flat`."""
+    found, at = {}, 0
+    for name, shape in shapes.items():
+        part = flat[at : at + prod(shape)]
+        found[name] = (part.view(torch.float32) if name == "cross" else part).view(shape)
+        at += -(-prod(shape) // 4) * 4
+    return found
+
+
+def _sent(arrays: dict[str, NDArray[np.generic]], shapes: dict[str, tuple[int, ...]], device: torch.device) -> Tensor:
+    """All on `device`, in one copy: they are many and small, and each copy costs as much as its kernel launch.
+
+    Rows that a room has beyond the step's are candidates that see nothing: nothing of theirs goes into a page.
     """
-    whole = {name: array if array.dtype == np.float32 else array.astype(np.int32, copy=False) for name, array in arrays.items()}
-    room = {name: -(-array.size // 4) * 4 for name, array in whole.items()}
-    host = torch.empty(sum(room.values()), dtype=torch.int32, pin_memory=device.type == "cuda")
+    host = torch.empty(words(shapes), dtype=torch.int32, pin_memory=device.type == "cuda")
     flat, at = host.numpy(), 0
-    for name, array in whole.items():
-        flat[at : at + array.size] = np.ascontiguousarray(array).reshape(-1).view(np.int32)
-        at += room[name]
-    there, at, sent = host.to(device, non_blocking=True), 0, {}
-    for name, array in whole.items():
-        part = there[at : at + array.size]
-        sent[name] = (part.view(torch.float32) if array.dtype == np.float32 else part).view(array.shape)
-        at += room[name]
-    return sent
+    for name, shape in shapes.items():
+        own, whole = arrays[name], prod(shape)
+        kind = np.float32 if name == "cross" else np.int32
+        flat[at : at + own.size] = np.ascontiguousarray(own, kind).reshape(-1).view(np.int32)
+        flat[at + own.size : at + whole] = CANDIDATE if name == "kind" else 0
+        at += -(-whole // 4) * 4
+    return host.to(device, non_blocking=True)
 
 
 def _before(counts: Ints) -> Ints:

@@ -1,7 +1,8 @@
 """MTGR's attention as a backend of vLLM: SiLU of paged keys, with the mask of two intervals that `step` has worked out.
 
 Rows of the history and candidates alike read the history's keys from the pages, cached or written in this very step; a candidate finds its own key
-among the step's rows. The kernel does this on a GPU, its slow double elsewhere. fp8 pages are refused: neither applies their scales.
+among the step's rows. The kernel does this on a GPU, its slow double elsewhere. Pages may be fp8 (E4M3) with a scale of 1: a key is
+silu of a normed row's product and of the order of 1, as far from the format's largest, 448, as from its smallest, 2^-9.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from model.kernels.tiles import HEAD_WIDTHS
 from pipeline.backends.vllm.inside.cache import HistorySpec
 from pipeline.backends.vllm.step import Step
 
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""Of FP8."""
+
 
 class HistoryBackend(AttentionBackend):
     """What vLLM asks a backend for."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16", "fp8", "fp8_e4m3"]
     forward_includes_kv_cache_update: bool = False
 
     @staticmethod
@@ -72,6 +77,11 @@ class HistoryMetadataBuilder(AttentionMetadataBuilder):
         return HistoryMetadata(table=common_attn_metadata.block_table_tensor)
 
 
+def typed(pages: Tensor) -> Tensor:
+    """As what they hold: vLLM calls fp8 bytes."""
+    return pages.view(FP8) if pages.dtype == torch.uint8 else pages
+
+
 def describe(step: Step | None) -> None:
     """Tell this forward pass's attention what its rows see; None in a profiling run."""
     metadata = get_forward_context().attn_metadata
@@ -94,12 +104,15 @@ class HistoryImpl(AttentionImpl):
             from vllm import _custom_ops as ops
 
             one = layer._k_scale
-            ops.reshape_and_cache_flash(key, value, kv_cache[:, 0], kv_cache[:, 1], slot_mapping, "auto", one, one)
+            ops.reshape_and_cache_flash(key, value, kv_cache[:, 0], kv_cache[:, 1], slot_mapping, self.kv_cache_dtype, one, one)
             return
-        page = kv_cache.shape[2]
+        pages, page = typed(kv_cache), kv_cache.shape[2]
         slots = slot_mapping[: len(key)]
-        kv_cache[slots // page, 0, slots % page] = key[: len(slots)]
-        kv_cache[slots // page, 1, slots % page] = value[: len(slots)]
+        for half, rows in enumerate((key, value)):
+            rows = rows[: len(slots)]
+            if pages.dtype == FP8:
+                rows = rows.float().clamp(-LARGEST, LARGEST).to(FP8)
+            kv_cache[slots // page, half, slots % page] = rows.view(kv_cache.dtype) if pages.dtype == FP8 else rows
 
     def forward(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: HistoryMetadata | None, output: Tensor,
@@ -113,7 +126,7 @@ class HistoryImpl(AttentionImpl):
         count = sum(step.candidates) if last else len(step.kind)
         q, k, v = (x.flatten(1) for x in (query[:count], key[: len(step.kind)], value[: len(step.kind)]))
         attend = by_kernel if q.is_cuda else by_reference
-        output[:count] = attend(q, k, v, kv_cache, attn_metadata.table, step, last, self.num_heads, self.scale).view(count, self.num_heads, -1)
+        output[:count] = attend(q, k, v, typed(kv_cache), attn_metadata.table, step, last, self.num_heads, self.scale).view(count, self.num_heads, -1)
         return output
 
 
@@ -154,7 +167,7 @@ def refuse(width: int, dtype: torch.dtype, kv_cache_dtype: str, block_size: int)
     for name, value, fits, rule in (
         ("head width", width, HistoryBackend.supports_head_size(width), f"one of {HEAD_WIDTHS}"),
         ("engine.dtype", dtype, HistoryBackend.supports_dtype(dtype), "fp32, bf16 or fp16"),
-        ("engine.kv_cache_dtype", kv_cache_dtype, HistoryBackend.supports_kv_cache_dtype(kv_cache_dtype), "auto or the model's own type"),
+        ("engine.kv_cache_dtype", kv_cache_dtype, HistoryBackend.supports_kv_cache_dtype(kv_cache_dtype), "auto, the model's own type, or fp8"),
         ("engine.block_size", block_size, HistoryBackend.supports_block_size(block_size), "a multiple of 16"),
     ):
         if not fits:

@@ -1,4 +1,5 @@
-"""MTGR's blocks made of vLLM's layers: its linear layers, so that it can quantise and divide them, its attention, so that it pages, and our norms.
+"""MTGR made of vLLM's layers: its linear layers, so that it can divide them, its attention, so that it pages, our embeddings, norms and heads.
+What serves on CPUs and several GPUs; on one GPU `paged` does.
 
 With tensor parallelism a rank has some of the heads and their part of U. The norm after attention wants whole rows, so these are gathered; all else
 (embeddings, norms, heads of the model) each rank has and does in full.
@@ -16,8 +17,12 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 
 from model.config import ModelConfig
+from model.embeddings import TokenEmbedding, TokenGate
+from model.heads import Heads
 from model.hstu import GroupLayerNorm
 from pipeline.backends.vllm.inside.attention import HistoryAttention
+from pipeline.backends.vllm.step import Step
+from pipeline.contracts import FeatureSchema
 
 
 class Block(nn.Module):
@@ -81,3 +86,42 @@ class Trunk(nn.Module):
         for block in self.blocks:
             x = block(x, kind)
         return x
+
+
+class LayeredNetwork(nn.Module):
+    """Parameter names are our checkpoint's."""
+
+    rows: Tensor
+    kinds: Tensor
+
+    def __init__(self, config: ModelConfig, schema: FeatureSchema, vllm_config: Any) -> None:
+        super().__init__()
+        self.embedding = TokenEmbedding(config, schema)
+        self.token_gate = TokenGate(config.d_model) if config.token_gate else None
+        self.blocks = nn.ModuleList(
+            Block(config, number == config.layers - 1, vllm_config.cache_config, vllm_config.quant_config, f"blocks.{number}")
+            for number in range(config.layers)
+        )
+        self.trunk = Trunk(vllm_config=vllm_config, blocks=self.blocks[:-1]) if config.layers > 1 else None
+        self.heads = Heads(config)
+        # Where the trunk finds its rows: a captured graph reads the addresses it was captured with.
+        room = vllm_config.scheduler_config.max_num_batched_tokens
+        self.register_buffer("rows", torch.zeros(room, config.d_model, dtype=torch.float32), persistent=False)
+        self.register_buffer("kinds", torch.zeros(room, dtype=torch.int32), persistent=False)
+
+    def forward(self, step: Step | None, rows: int) -> Tensor:
+        """[C, heads] float32 probabilities; without a step of all `rows`. These are vLLM's, padded for its graphs: some may belong to no request."""
+        x, kind = self.rows[:rows], self.kinds[:rows]
+        if step is None:
+            candidate_rows = torch.arange(rows, dtype=torch.int32, device=x.device)
+        else:
+            tokens = self.embedding(step.user_ids, step.event_ids, step.candidate_ids, step.cross, step.token_source, step.kind)
+            if self.token_gate is not None:
+                tokens = self.token_gate(tokens)
+            x[: len(tokens)], kind[: len(tokens)] = tokens, step.kind
+            candidate_rows = step.candidate_rows
+        if self.trunk is not None:
+            x = self.trunk(x, kind)
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        return torch.sigmoid(self.heads(last.last(x, kind, candidate_rows)))

@@ -33,7 +33,7 @@ def settings(config: Any, caches: list[torch.Tensor]) -> dict[str, Any]:
         "engine.async_scheduling": bool(found["engine.async_scheduling"]),
         "engine.kv_cache_memory_mib": (cache.kv_cache_memory_bytes or 0) // MIB,
         "engine.cudagraph_capture_tokens": max(graphs or (0,)),
-        "engine.quantization": model.quantization or "none",
+        "engine.quantization": "fp8" if config.additional_config.get("fp8") else model.quantization or "none",
         "engine.cudagraph_mode": compilation.cudagraph_mode.name if compilation.cudagraph_mode is not None else "NONE",
         "engine.compilation": compilation.mode.name if compilation.mode is not None else "NONE",
         "engine.attention_backend": config.attention_config.backend.name if config.attention_config.backend else "auto",
@@ -76,7 +76,10 @@ class ToldWorker(MtgrWorker):
     def read_back(self) -> dict[str, Any]:
         """Settings as they are in effect here, under our names. What was compiled until now was so for the start."""
         self.compiled = compilations()
-        return settings(self.vllm_config, self.model_runner.kv_caches)
+        found = settings(self.vllm_config, self.model_runner.kv_caches)
+        if self.captured:  # by us; vLLM is told to leave it
+            found |= {"engine.enforce_eager": False, "engine.cudagraph_capture_tokens": self.captured[-1].rows, "engine.cudagraph_mode": "STEP"}
+        return found
 
     def counts(self) -> dict[str, float]:
         """Totals: steps, rows computed in them, and what was compiled since `read_back`, which is asked once the engine stands."""

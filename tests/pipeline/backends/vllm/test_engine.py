@@ -200,6 +200,6 @@ def test_compiled_blocks_of_two_models_are_not_mistaken_for_each_other(tmp_path:
     rng = np.random.default_rng(16)
     requests = [*jagged_requests(rng, 6), random_request(rng, static=40, realtime=40, candidates=9)]
     for number, config in enumerate((TINY, replace(TINY, scaling_seqlen=64), TINY)):
-        with open_engine(tmp_path / str(number), config, enforce_eager=False, cudagraph_capture_tokens=256) as engine:
+        with open_engine(tmp_path / str(number), config, enforce_eager=False) as engine:
             for _ in range(2):
                 assert worst(engine, requests) < TOLERANCE

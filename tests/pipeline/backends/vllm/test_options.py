@@ -37,12 +37,10 @@ def test_every_setting_arrives() -> None:
     for name, own in NAMES.items():
         assert getattr(args, own) == values[name], name
     assert (args.model, args.dtype, args.kv_cache_memory_bytes) == ("served", "bfloat16", 32 * 2**20)
-    assert args.quantization == "fp8"
-    assert EngineArgs(**engine_args(FOLDER, {"engine.quantization": "none"})).quantization is None
+    assert args.quantization is None  # the kernels' affair, told by additional_config
     assert args.enable_chunked_prefill is False
     assert args.runner == "pooling"
-    assert args.compilation_config.cudagraph_capture_sizes == capture_sizes(512)
-    assert args.compilation_config.cudagraph_mode.name == "PIECEWISE"
+    assert args.additional_config == {"fp8": True}  # and no graphs: SETTINGS enforce eager
 
 
 def test_captured_sizes_waste_little() -> None:
@@ -57,9 +55,22 @@ def test_captured_sizes_waste_little() -> None:
 def test_graphs_reach_no_further_than_steps() -> None:
     pytest.importorskip("vllm", reason="vllm is not installed")
     settings = {"engine.cudagraph_capture_tokens": 8192, "engine.max_num_batched_tokens": 300}
-    assert engine_args(FOLDER, settings)["compilation_config"]["cudagraph_capture_sizes"][-1] == 300
-    assert engine_args(FOLDER, {"engine.cudagraph_capture_tokens": 0})["compilation_config"] == {"cudagraph_mode": "NONE"}
-    assert "compilation_config" not in engine_args(FOLDER, {})
+    assert engine_args(FOLDER, settings)["additional_config"] == {"capture": capture_sizes(300)}
+    for off in ({"engine.cudagraph_capture_tokens": 0}, {**settings, "engine.enforce_eager": True}):
+        assert engine_args(FOLDER, off)["additional_config"] == {}
+    assert "additional_config" not in engine_args(FOLDER, {})
+
+
+def test_vllm_captures_where_several_gpus_work() -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = {"engine.cudagraph_capture_tokens": 300, "engine.tensor_parallel_size": 2}
+    args = EngineArgs(**engine_args(FOLDER, settings))
+    assert args.compilation_config.cudagraph_capture_sizes == capture_sizes(300)
+    assert args.compilation_config.cudagraph_mode.name == "PIECEWISE"
+    none = engine_args(FOLDER, {**settings, "engine.cudagraph_capture_tokens": 0})
+    assert none["compilation_config"] == {"cudagraph_mode": "NONE"}
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -75,7 +86,11 @@ def test_the_type_is_named_and_never_left_to_vllm(precision: str) -> None:
         ({"engine.threads": 2}, "engine.threads is no setting of vLLM"),
         ({"build.precision": "int8"}, "build.precision is one of"),
         ({"engine.max_model_len": 512, "engine.max_num_batched_tokens": 256}, "max_num_batched_tokens must hold a whole request"),
-        ({"engine.kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype is auto"),
+        ({"engine.kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype is auto or fp8"),
+        ({"engine.quantization": "int8"}, "quantization is none or fp8"),
+        ({"engine.quantization": "fp8"}, "goes with build.precision=bf16"),
+        ({"engine.quantization": "fp8", "build.precision": "bf16", "engine.tensor_parallel_size": 2}, "is for one GPU"),
+        ({"engine.kv_cache_dtype": "fp8"}, "goes with rows of 16 bits"),
         ({"engine.cudagraph_capture_tokens": -1}, "cudagraph_capture_tokens is 0"),
         ({"engine.block_size": 8}, "block_size is a multiple of 16"),
     ],

@@ -10,7 +10,7 @@ from model.jagged import pack_jagged
 from model.kernels import reference
 from model.kernels.tiles import ROWS
 from pipeline.backends.vllm.payload import Parts, decode, encode
-from pipeline.backends.vllm.step import SMALL, Step, plan
+from pipeline.backends.vllm.step import SMALL, Step, plan, rooms
 from pipeline.contracts import RankingRequest
 from tests.factories import jagged_requests, random_request
 from tests.model.kernels.cases import DEVICE, TOLERANCE, distance
@@ -74,6 +74,55 @@ def test_part_of_a_request_is_refused(computed: int, scheduled: int) -> None:
     request = random_request(np.random.default_rng(0), static=20, realtime=10, candidates=3)
     with pytest.raises(RuntimeError, match="computes a request to its end"):
         plan(parts_of([request]), [computed], [scheduled], DEVICE)
+
+
+def test_a_step_in_the_room_of_a_graph_is_the_same_and_nothing_more() -> None:
+    rng = np.random.default_rng(1)
+    requests = [random_request(rng, static=30, realtime=10, candidates=c) for c in (40, 70)]
+    computed = [40, 32]
+    plain, roomy = (
+        plan(parts_of(requests), computed, [r.tokens - c for r, c in zip(requests, computed, strict=True)], DEVICE, graphs=graphs)
+        for graphs in ((), rooms((64, 128, 256)))
+    )
+    assert plain.room is None
+    assert roomy.room == rooms((128,))[0]
+    assert (len(roomy.kind), len(plain.kind)) == (128, 122)
+    for name in ("user_ids", "event_ids", "candidate_ids", "cross", "kind", "limit", "tiles", "candidate_rows", "candidate_limit", "candidate_tiles"):
+        one, other = (getattr(step, name).cpu() for step in (plain, roomy))
+        assert torch.equal(other[: len(one)], one), name
+        assert set(other[len(one) :].flatten().tolist()) <= {3 if name == "kind" else 0}, name
+    first = [len(plain.user_ids.flatten()), len(plain.event_ids)]
+    moved = [len(roomy.user_ids.flatten()) - first[0], len(roomy.event_ids) - first[1]]
+    source = plain.token_source.cpu()
+    wanted = source + moved[0] * (source >= first[0]) + moved[1] * (source >= sum(first))
+    assert torch.equal(roomy.token_source[: len(source)].cpu(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "computed", "room"),
+    [
+        ((40,), 42, (64, 64)),
+        ((30,), 0, (128, 128)),
+        ((70,), 42, (128, 128)),
+        ((40, 40), 42, (128, 128)),
+        ((300,), 42, (320, 320)),
+        ((600,), 42, None),
+        ((1,) * 5, 42, (256, 128)),
+        ((20,) * 4, 0, (256, 128)),
+        ((2,) * 6, 0, (320, 160)),
+        ((100,) * 3, 20, (512, 512)),
+    ],
+    ids=["fits", "history", "next", "two", "many", "too_many", "requests", "whole", "nearly_all_history", "both"],
+)
+def test_which_steps_have_room(candidates: tuple[int, ...], computed: int, room: tuple[int, int] | None) -> None:
+    """In rows and candidates: of the smallest graph that has all the places."""
+    requests = [random_request(np.random.default_rng(0), static=20, realtime=20, candidates=c) for c in candidates]
+    step = plan(
+        parts_of(requests), [computed] * len(requests), [r.tokens - computed for r in requests], DEVICE, graphs=rooms((64, 128, 256, 288, 320, 512))
+    )
+    assert (step.room and (step.room.rows, step.room.candidates)) == room
+    if step.room:
+        assert (len(step.tiles), len(step.event_ids)) == (step.room.tiles, step.room.events)
 
 
 @pytest.mark.parametrize("page", [16, 32])

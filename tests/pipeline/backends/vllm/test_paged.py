@@ -1,0 +1,108 @@
+"""The kernels' network inside the engine, in Triton's interpreter where there is no GPU, as it is and in the room of graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vllm is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from model.oracle import oracle_scores
+from pipeline.backends.vllm.inside.graphs import StepGraphs
+from pipeline.contracts import RankingRequest
+from tests.factories import random_request
+from tests.pipeline.backends.vllm.engines import Engine, open_engine
+from tests.pipeline.backends.vllm.test_engine import grown
+
+TOLERANCE = 1e-4
+CAPTURED = (16, 32, 64, 128)
+KERNELS: dict[str, Any] = {"max_num_batched_tokens": 256}
+
+
+@pytest.fixture(scope="module", params=["plain", "graphs"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Where nothing can be captured, a replay runs the network over the graph's arrays again."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setattr(StepGraphs, "captured", lambda self, run: run)
+        wanted = {"kernels": True, "capture": CAPTURED if request.param == "graphs" else ()}
+        with open_engine(tmp_path_factory.mktemp("paged"), raw={**KERNELS, "additional_config": wanted}) as opened:
+            yield opened
+
+
+def worst(engine: Engine, requests: list[RankingRequest]) -> float:
+    answers = engine.score(requests)
+    return max(float(abs(a.scores - oracle_scores(engine.model, r)).max()) for r, a in zip(requests, answers, strict=True))
+
+
+def test_returning_users_alone_and_together(engine: Engine) -> None:
+    rng = np.random.default_rng(1)
+    sizes = ((0, 0, 1), (40, 0, 9), (0, 40, 30), (14, 16, 1), (60, 50, 40))
+    users = [random_request(rng, static=s, realtime=r, candidates=c) for s, r, c in sizes]
+    assert worst(engine, users) < TOLERANCE
+    for more in (0, 5, 20):
+        users = [grown(rng, user, more, int(rng.integers(1, 60))) for user in users]
+        for some in ([user] for user in users):
+            assert worst(engine, some) < TOLERANCE
+        assert worst(engine, users) < TOLERANCE
+
+
+def test_which_steps_take_a_graph(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    if model.graphs is None:
+        pytest.skip("of graphs")
+    taken: list[int] = []
+    score = model.graphs.score
+    monkeypatch.setattr(model.graphs, "score", lambda step: taken.append(step.room.rows) or score(step))
+    rng = np.random.default_rng(2)
+    user = random_request(rng, static=30, realtime=34, candidates=20)
+    for later, sizes in (
+        (user, [128]),
+        (user, [32]),
+        (grown(rng, user, 0, 100), [128]),
+        (grown(rng, user, 99, 20), []),
+        (grown(rng, user, 0, 140), []),
+    ):
+        taken.clear()
+        assert worst(engine, [later]) < TOLERANCE
+        assert taken == sizes
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    requests = [random_request(rng, static=40, realtime=20, candidates=30), random_request(rng, static=0, realtime=30, candidates=3)]
+    with open_engine(tmp_path, precision="fp16", raw={**KERNELS, "additional_config": {"kernels": True}}) as engine:
+        for _ in range(2):
+            assert 1e-5 < worst(engine, requests) < 4e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter has no bf16, which fp8 comes with")
+@pytest.mark.parametrize("pages", ["auto", "fp8"])
+def test_products_in_fp8(pages: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    requests = [random_request(rng, static=40, realtime=20, candidates=30) for _ in range(2)]
+    changes = {"quantization": "fp8", "kv_cache_dtype": pages, "enforce_eager": False, "cudagraph_capture_tokens": 256}
+    with open_engine(tmp_path, precision="bf16", **changes) as engine:
+        for _ in range(2):
+            assert 1e-3 < worst(engine, requests) < 1e-1
+
+
+def test_products_in_fp8_are_refused_without_kernels(tmp_path: Path) -> None:
+    wanted = {"kernels": False, "fp8": True}
+    with pytest.raises(ValueError, match="needs the kernels"), open_engine(tmp_path, precision="bf16", raw={"additional_config": wanted}):
+        pass
+
+
+def test_half_precision_with_pages_in_fp8(tmp_path: Path) -> None:
+    """The interpreter's rounding to fp8 is now and then by half a power of two too much."""
+    rng = np.random.default_rng(4)
+    requests = [random_request(rng, static=40, realtime=20, candidates=30) for _ in range(2)]
+    with open_engine(tmp_path, precision="fp16", kv_cache_dtype="fp8", raw={**KERNELS, "additional_config": {"kernels": True}}) as engine:
+        for _ in range(2):
+            assert 1e-4 < worst(engine, requests) < 5e-2
