@@ -66,7 +66,7 @@ class RankingRequest:
     visible: NDArray[np.int64]
     """[K] how many R events are strictly earlier than the candidate. When serving, all of them."""
     user_key: int = 0
-    """Who is asking: groups GAUC and marks returning users. Never read by the model."""
+    """Who is asking: groups GAUC and marks returning users, whose histories an engine may keep. Never read by the model."""
     arrival_s: float = 0.0
     """Intended arrival, seconds from the start of its workload."""
 

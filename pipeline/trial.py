@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache import Cache, digest
-from pipeline.contracts import Measurement, Outcome, Session, Settings
+from pipeline.contracts import Measurement, Outcome, Remembering, Session, Settings
 from pipeline.errors import AutotuneError, MachineError, SettingsError, UserError
 from pipeline.records import Order, read_json, write_json
 
@@ -254,9 +254,12 @@ class _Trial:
         self._add(percentiles.peak_figures(peak))
         rate = float(how.get("rate_rps", 0.0)) or float(how["load"]) * peak.rate_rps
         self._phase(0.7, f"window at {rate:.1f} requests/s, closed-loop peak {peak.rate_rps:.1f}")
+        timed = workload.load(inputs / name, rate)
+        if isinstance(session, Remembering):  # the most that it can find
+            self.metrics["window/history_returning_share"] = workload.lengths(timed)["returning/history_share"]
         window = measure.timed_window(
             session,
-            workload.load(inputs / name, rate),
+            timed,
             workload.load(inputs / workload.other(name), rate)[: measure.PREROLL],
             repeats=int(how["window_repeats"]),
             say=print,

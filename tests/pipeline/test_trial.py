@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import trial
+from pipeline import trial, workload
 from pipeline.backends import registry
 from pipeline.backends.fake import Fake
 from pipeline.contracts import Outcome, Session, Settings
@@ -121,11 +121,12 @@ def test_what_an_engine_holds_on_the_gpus_is_what_came_since_it_was_loaded(root:
     assert found.metrics["gpu_memory_mib/held"] == 240.0
 
 
-def test_what_an_engines_cache_can_hold_is_among_the_figures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_engines_cache_can_hold_and_find_is_among_the_figures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Keeping(Fake):
         def load(self, folder: Path, settings: Settings) -> Session:
             session = super().load(folder, settings)
             session.effective = {**session.effective, "engine.kv_capacity_tokens": 4096}
+            vars(session)["forget"] = lambda: None
             return session
 
     monkeypatch.setattr(registry, "get", lambda name: Keeping())
@@ -135,6 +136,8 @@ def test_what_an_engines_cache_can_hold_is_among_the_figures(root: Path, monkeyp
     found = read_trial(folder).measurement
     assert found is not None
     assert found.metrics["kv_cache/capacity_tokens"] == 4096
+    wanted = workload.lengths(load_requests(root / "inputs" / "workload.npz"))["returning/history_share"]
+    assert found.metrics["window/history_returning_share"] == wanted
 
 
 def test_an_engine_is_known_by_all_that_changes_its_scores(root: Path) -> None:

@@ -136,6 +136,11 @@ class VllmSession:
     # -- in the loop's thread
 
     def _begin(self, request: RankingRequest, future: Future[Scores], generation: int) -> None:
+        if future.cancelled():
+            with self._lock:
+                self._open.discard(future)
+            future.set_running_or_notify_cancel()  # tells who waits for it
+            return
         task = self._loop.create_task(self._score(request, future, generation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -164,7 +169,9 @@ class VllmSession:
     async def _answer(self, request: RankingRequest, generation: int) -> tuple[Scores, int]:
         """Scores, and how many tokens of the history were found in the cache."""
         prompt = encode(request)
-        inputs = {"type": "token", "prompt_token_ids": prompt.token_ids, "cache_salt": f"{generation}.{prompt.salt}"}
+        # A workload that runs out of users sends one again under another key, and means somebody else by it.
+        salt = f"{generation}.{request.user_key}.{prompt.salt}"
+        inputs = {"type": "token", "prompt_token_ids": prompt.token_ids, "cache_salt": salt}
         outputs = [output async for output in self._engine.encode(inputs, self._params(prompt.payload), str(next(self._names)))]
         if not outputs:
             raise RuntimeError("vLLM ended a request without an answer")

@@ -59,15 +59,17 @@ def test_a_returning_users_history_is_found_until_it_is_forgotten(tmp_path: Path
                 assert 1e-5 < abs(session.submit(request).result(60) - expected).max() < SCORE["bf16"]
                 found.append(session.counters()["cached_tokens"])
             session.forget()
-        assert found == [0, blocks, blocks, 2 * blocks]
+        session.submit(replace(request, user_key=1)).result(60)
+        found.append(session.counters()["cached_tokens"])
+        assert found == [0, blocks, blocks, 2 * blocks, 2 * blocks]
         counters = session.counters()
-        assert counters["history_tokens"] == 4 * 62
+        assert counters["history_tokens"] == 5 * 62
         assert counters["computed_tokens"] == counters["tokens"] - counters["cached_tokens"]
         assert counters["compilations"] == 0
     finally:
         session.close()
     assert not alive(started)
-    assert session.counters()["batches"] == 4
+    assert session.counters()["batches"] == 5
 
 
 def test_what_vllms_own_configuration_refuses_is_the_settings_fault(tmp_path: Path) -> None:

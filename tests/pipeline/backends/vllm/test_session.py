@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Iterator
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import wait
 from dataclasses import replace
 from types import SimpleNamespace
@@ -82,10 +83,19 @@ class Held:
         self.call(now)
 
 
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 @pytest.fixture
 def held() -> Iterator[Held]:
     made = Held()
     yield made
+    if not made.session._closed:
+        made.call(made.engine.gate.set)  # or a test that fails would never end
     made.session.close()
 
 
@@ -117,6 +127,8 @@ def test_what_was_kept_lies_under_another_salt_once_forgotten(held: Held, reques
         held.session.submit(request_).result(10)
     first, second, third = (prompt["cache_salt"] for prompt, _ in held.engine.seen)
     assert first == second != third
+    held.session.submit(replace(request_, user_key=1)).result(10)  # another user, though all of it is the same
+    assert held.engine.seen[-1][0]["cache_salt"] not in (first, third)
     assert isinstance(held.session, Remembering)
 
 
@@ -186,17 +198,17 @@ def test_a_cancelled_request_frees_its_place(held: Held, request_: RankingReques
     assert all(future.cancel() for future in futures)
     block.set()
     held.call(lambda: None)
+    assert not wait(futures, 10).not_done
+    assert not held.engine.seen
     assert [held.session.submit(request_).exception(10) for _ in range(4)] == [None] * 4
 
 
 def test_a_request_is_cancelled_while_the_engine_has_it(held: Held, request_: RankingRequest) -> None:
     held.call(held.engine.gate.clear)
     futures = [held.session.submit(request_) for _ in range(8)]
-    held.call(lambda: None)
-    assert len(held.engine.seen) == 8
+    until(lambda: len(held.engine.seen) == 8)
     assert [future.cancel() for future in futures[:3]] == [True] * 3
     assert not wait(futures[:3], 10).not_done
-    held.call(lambda: None)
     assert held.engine.aborted == 3
     futures += [held.session.submit(request_) for _ in range(3)]
     held.call(held.engine.gate.set)
