@@ -169,8 +169,8 @@ class VllmSession:
     async def _answer(self, request: RankingRequest, generation: int) -> tuple[Scores, int]:
         """Scores, and how many tokens of the history were found in the cache."""
         prompt = encode(request)
-        # A workload that runs out of users sends one again under another key, and means somebody else by it.
-        salt = f"{generation}.{request.user_key}.{prompt.salt}"
+        # A workload that runs out of users sends one again under another key, and means somebody else by it. All of it hexadecimal: it heads hashes.
+        salt = f"{generation:08x}{request.user_key % 2**64:016x}{prompt.salt}"
         inputs = {"type": "token", "prompt_token_ids": prompt.token_ids, "cache_salt": salt}
         outputs = [output async for output in self._engine.encode(inputs, self._params(prompt.payload), str(next(self._names)))]
         if not outputs:

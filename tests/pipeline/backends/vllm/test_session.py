@@ -37,6 +37,7 @@ class FakeEngine:
 
     async def encode(self, prompt: Any, pooling_params: bytes, request_id: str) -> AsyncGenerator[Any, None]:
         self.seen.append((prompt, request_id))
+        bytes.fromhex(prompt["cache_salt"])  # as `inside.cache` reads it
         try:
             await self.gate.wait()
         except asyncio.CancelledError:
@@ -127,7 +128,7 @@ def test_what_was_kept_lies_under_another_salt_once_forgotten(held: Held, reques
         held.session.submit(request_).result(10)
     first, second, third = (prompt["cache_salt"] for prompt, _ in held.engine.seen)
     assert first == second != third
-    held.session.submit(replace(request_, user_key=1)).result(10)  # another user, though all of it is the same
+    held.session.submit(replace(request_, user_key=-1)).result(10)  # another user, though all of it is the same
     assert held.engine.seen[-1][0]["cache_salt"] not in (first, third)
     assert isinstance(held.session, Remembering)
 
