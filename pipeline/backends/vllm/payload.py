@@ -1,14 +1,15 @@
-"""A request as vLLM carries it: token ids that only name it, a salt, and the features themselves as bytes.
+"""A request as vLLM carries it: token ids that say nothing, a salt, and as bytes the features and what its blocks are found by.
 
-vLLM hashes token ids, block by block, to find what it has computed before; it never looks features up. So an id here is a digest of all that a
-token is made of (its kind and every column), and the features travel beside it, for tables of any size. Static tokens see each other both ways:
-the salt digests all of them, so that no K/V is found under another static part. Ids have 31 bits: two events of one user at one place, after the
-same prefix, would have to collide. Candidates are never hashed into the cache, and their ids are 0, which is no event's.
+vLLM would hash token ids, block by block, to find what it has computed before: a tenth of a millisecond a request, in the one process that has to
+serve all. So the ids are all 0, which costs least to carry, and the digests come with the request: a mark every MARK tokens of the history, which
+stands for all tokens up to there, their kinds and every column. Any block size is a number of marks; `inside.cache` makes blocks' hashes of them.
+Static tokens see each other both ways: the salt stands for all of them, so that no K/V is found under another static part. Two histories would have
+to collide in the 64 bits of a token, or the 128 of a sum, to be taken for each other. Candidates have no marks.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -20,10 +21,12 @@ from pipeline.contracts import RankingRequest
 
 KEY = "mtgr"
 """Of the bytes in `PoolingParams.extra_kwargs`."""
-VOCABULARY = 2**31 - 1
-"""Ids lie below. 2^31 itself kills vLLM's engine."""
+VOCABULARY = 2
+"""Ids lie below."""
+MARK = 16
+"""Tokens to a mark, as vLLM's smallest block has."""
 _HEADER = 7
-_USER, _STATIC, _REALTIME = 1, 2, 3
+_PLACE, _USER, _STATIC, _REALTIME = (np.uint64(bits) for bits in (0xD1B54A32D192ED03, 0x94D049BB133111EB, 0x8CB92BA72F3D8DD7, 0xABC98388FB8FAC03))
 
 
 class Lengths(NamedTuple):
@@ -55,6 +58,7 @@ class Prompt:
 
     token_ids: list[int]
     salt: str
+    """32 hexadecimal digits."""
     payload: bytes
 
 
@@ -82,16 +86,19 @@ def encode(request: RankingRequest) -> Prompt:
         candidate_columns=request.candidates.shape[1],
         cross_columns=request.cross.shape[1],
     )
-    user = _digest(_USER, np.stack([np.arange(len(request.user)), request.user], axis=1))
-    events = np.concatenate([_digest(_STATIC, request.events[:static]), _digest(_REALTIME, request.events[static:])])
-    before = b"".join(np.ascontiguousarray(part, np.int32).tobytes() for part in (request.user, request.events[:static]))
-    numbers = (np.array(lengths), request.user, request.events, request.candidates, request.visible)
-    payload = b"".join(np.ascontiguousarray(part, np.int32).tobytes() for part in numbers) + np.ascontiguousarray(request.cross, np.float32).tobytes()
-    return Prompt(
-        token_ids=[*user.tolist(), *events.tolist(), *[0] * lengths.candidates],
-        salt=hashlib.sha256(np.array(lengths[:2], np.int32).tobytes() + before).hexdigest(),
-        payload=payload,
-    )
+    sums = _sums(request)
+    shapes = _shapes(lengths)
+    flat = np.empty(_words(lengths), np.int32)
+    at = _HEADER
+    flat[:at] = lengths
+    for part, shape in zip((request.user, request.events, request.candidates, request.visible), shapes, strict=True):
+        flat[at : at + prod(shape)].reshape(shape)[...] = part
+        at += prod(shape)
+    flat[at : at + request.cross.size].view(np.float32)[:] = request.cross.reshape(-1)
+    flat[at + request.cross.size :] = np.ascontiguousarray(sums[MARK - 1 :: MARK]).view(np.int32).reshape(-1)
+    known = lengths.user + static
+    salt = sums[known - 1].tobytes() if known else bytes(16)
+    return Prompt(token_ids=[0] * lengths.total, salt=salt.hex(), payload=flat.tobytes())
 
 
 def lengths_of(payload: bytes) -> Lengths:
@@ -99,17 +106,23 @@ def lengths_of(payload: bytes) -> Lengths:
     return Lengths(*np.frombuffer(payload, np.int32, _HEADER).tolist())
 
 
+def marks_of(payload: bytes, block: int) -> list[bytes]:
+    """16 bytes for each whole block of the history, which stand for all tokens up to its end. `block` is a multiple of MARK."""
+    count = lengths_of(payload).history // MARK
+    marks = payload[len(payload) - 16 * count :]
+    every = 16 * (block // MARK)
+    return [marks[end - 16 : end] for end in range(every, len(marks) + 1, every)]
+
+
 def decode(payload: bytes) -> Parts:
     """The features again. Raises ValueError for bytes that are not a payload."""
     if len(payload) < 4 * _HEADER:
         raise ValueError(f"a payload begins with {4 * _HEADER} bytes of lengths, got {len(payload)} bytes in all")
     found = lengths_of(payload)
-    shapes = ((found.user,), (found.static + found.realtime, found.event_columns), (found.candidates, found.candidate_columns), (found.candidates,))
-    wanted = 4 * (_HEADER + sum(prod(shape) for shape in shapes) + found.candidates * found.cross_columns)
-    if len(payload) != wanted:
-        raise ValueError(f"a payload of {found} has {wanted} bytes, got {len(payload)}")
+    if len(payload) != 4 * _words(found):
+        raise ValueError(f"a payload of {found} has {4 * _words(found)} bytes, got {len(payload)}")
     arrays, at = [], 4 * _HEADER
-    for shape in shapes:
+    for shape in _shapes(found):
         count = prod(shape)
         arrays.append(np.frombuffer(payload, np.int32, count, at).reshape(shape))
         at += 4 * count
@@ -118,13 +131,35 @@ def decode(payload: bytes) -> Parts:
     return Parts(lengths=found, user=user, events=events, candidates=candidates, visible=visible, cross=cross)
 
 
-def _digest(kind: int, columns: NDArray[np.integer]) -> NDArray[np.int64]:
-    """[n] ids of [n, columns], above 0 and below VOCABULARY. Multiply and fold: fast, and every bit of every column reaches every bit of the id."""
-    state = np.full(len(columns), kind, np.uint64)
-    with np.errstate(over="ignore"):
-        for column in columns.T:
-            state = (state ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-            state ^= state >> np.uint64(29)
-            state *= np.uint64(0xBF58476D1CE4E5B9)
-            state ^= state >> np.uint64(32)
-    return (state % np.uint64(VOCABULARY - 1)).astype(np.int64) + 1
+def _shapes(lengths: Lengths) -> tuple[tuple[int, ...], ...]:
+    """Of users, events, candidates and what these see."""
+    events = lengths.static + lengths.realtime
+    return (lengths.user,), (events, lengths.event_columns), (lengths.candidates, lengths.candidate_columns), (lengths.candidates,)
+
+
+def _words(lengths: Lengths) -> int:
+    """Of 32 bits: the lengths, those arrays, cross features and marks."""
+    return _HEADER + sum(map(prod, _shapes(lengths))) + lengths.candidates * lengths.cross_columns + 4 * (lengths.history // MARK)
+
+
+def _sums(request: RankingRequest) -> NDArray[np.uint64]:
+    """[history, 2] sums of what all tokens up to each have become at their places."""
+    users, static = len(request.user), request.static_count
+    tokens = np.arange(1, users + len(request.events) + 1, dtype=np.uint64) * _PLACE
+    tokens[:users] += request.user.astype(np.uint64) * _USER
+    tokens[users:] += request.events.astype(np.uint64) @ _keys(request.events.shape[1])
+    tokens[users : users + static] += _STATIC
+    tokens[users + static :] += _REALTIME
+    sums = np.empty((len(tokens), 2), np.uint64)
+    for lane in range(2):  # multiply and fold, so that every bit reaches every other
+        for factor, shift in ((0x9E3779B97F4A7C15, 29), (0xBF58476D1CE4E5B9, 32)):
+            tokens *= np.uint64(factor)
+            tokens ^= tokens >> np.uint64(shift)
+        np.cumsum(tokens, out=sums[:, lane])
+    return sums
+
+
+@functools.cache
+def _keys(columns: int) -> NDArray[np.uint64]:
+    """An odd number for each column of an event: 64 random bits, so that no two events of small ids have one sum."""
+    return np.random.default_rng(columns).integers(0, 2**63, columns, dtype=np.uint64) * np.uint64(2) + np.uint64(1)

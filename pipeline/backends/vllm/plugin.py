@@ -16,15 +16,17 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm.model_executor.models import ModelRegistry
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.engine import core
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from pipeline.backends.vllm.inside.cache import HistoryManager, HistorySpec
+    from pipeline.backends.vllm.inside.cache import HistoryManager, HistorySpec, history_hasher
     from pipeline.backends.vllm.inside.config import MtgrConfig
 
     AutoConfig.register(MtgrConfig.model_type, MtgrConfig, exist_ok=True)
     ModelRegistry.register_model(MODEL, f"{INSIDE}.network:{MODEL}")  # by name: it imports torch's and vLLM's layers
     register_backend(AttentionBackendEnum.CUSTOM, f"{INSIDE}.attention.HistoryBackend")
+    core.get_request_block_hasher = history_hasher
     KVCacheSpecRegistry._ensure_registered()  # it fills an empty registry only: ours must not be its first
     KVCacheSpecRegistry.register(HistorySpec, HistoryManager, uniform_type_base_spec=FullAttentionSpec)
 

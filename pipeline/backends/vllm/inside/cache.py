@@ -3,17 +3,20 @@
 The stock manager hashes every full block. A request asked twice would then find its own candidates computed, and get no scores for them. A block is
 kept if all its tokens lie before the first candidate; others are free again, and reused first, as soon as the request is answered, so that
 candidates never push a history out.
+
+What a block is found by comes with the request (`payload`): vLLM's own hashing is replaced, for which it has no setting.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from pipeline.backends.vllm.payload import KEY, lengths_of
+from pipeline.backends.vllm.payload import KEY, MARK, lengths_of, marks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,4 +37,23 @@ class HistoryManager(FullAttentionManager):
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **others: Any) -> None:
         """Of vLLM's Request, `num_tokens` have been computed."""
         history = lengths_of(request.pooling_params.extra_kwargs[KEY]).history
+        if len(request.block_hashes) > history // MARK:
+            raise RuntimeError(
+                f"a request's blocks are found by its own marks, {history // MARK} at most here, got {len(request.block_hashes)} hashes; vLLM hashes "
+                "its token ids, which say nothing: this version looks for its hasher elsewhere, see pipeline.backends.vllm.plugin"
+            )
         super().cache_blocks(request, min(num_tokens, history), *args, **others)
+
+
+def history_hasher(block: int, *_: Any) -> Callable[[Any], list[bytes]]:
+    """In place of vLLM's `get_request_block_hasher`: what gives a new Request the hashes of its history's whole blocks."""
+
+    def hashes(request: Any) -> list[bytes]:
+        if request.block_hashes:
+            return []
+        # As bytes the ids, all 0, are copied to the runner in one move, and not one by one.
+        request.prompt_token_ids = bytearray(request.num_prompt_tokens)
+        head = bytes.fromhex(request.cache_salt or "")
+        return [head + mark for mark in marks_of(request.pooling_params.extra_kwargs[KEY], block)]
+
+    return hashes

@@ -1,4 +1,4 @@
-"""What vLLM carries comes back as it was, and ids tell apart what a cached history must not confuse."""
+"""What vLLM carries comes back as it was, and marks tell apart what a cached history must not confuse."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.backends.vllm.payload import VOCABULARY, decode, encode, lengths_of
+from pipeline.backends.vllm.payload import MARK, decode, encode, lengths_of, marks_of
 from pipeline.contracts import RankingRequest
 from tests.factories import jagged_requests, random_request
 
@@ -21,35 +21,43 @@ def test_features_come_back_whole() -> None:
         assert parts.lengths.history == request.tokens - len(request.candidates)
         for name in ("user", "events", "candidates", "visible", "cross"):
             np.testing.assert_array_equal(getattr(parts, name), getattr(request, name))
-        history = parts.lengths.history
-        assert all(0 < i < VOCABULARY for i in prompt.token_ids[:history])
-        assert not any(prompt.token_ids[history:])
+        assert not any(prompt.token_ids)
+        assert len(marks_of(prompt.payload, MARK)) == parts.lengths.history // MARK
+
+
+def test_blocks_of_any_size_end_at_marks() -> None:
+    payload = encode(random_request(np.random.default_rng(3), static=100, realtime=100, candidates=60)).payload
+    marks = marks_of(payload, MARK)
+    assert len(marks) == 202 // MARK == len(set(marks))
+    for size in (32, 48, 128, 256):
+        assert marks_of(payload, size) == marks[size // MARK - 1 :: size // MARK]
 
 
 @pytest.fixture
 def request_() -> RankingRequest:
-    return random_request(np.random.default_rng(2), static=20, realtime=10, candidates=5)
+    return random_request(np.random.default_rng(2), static=40, realtime=60, candidates=5)
 
 
-def test_a_grown_history_keeps_its_ids_and_salt(request_: RankingRequest) -> None:
-    more = np.concatenate([request_.events, request_.events[:3]])
-    grown = encode(replace(request_, events=more, visible=request_.visible + 3))
+def test_a_grown_history_keeps_its_marks_and_salt(request_: RankingRequest) -> None:
+    more = np.concatenate([request_.events, request_.events[:30]])
+    grown = encode(replace(request_, events=more, visible=request_.visible + 30))
     prompt = encode(request_)
-    history = request_.tokens - len(request_.candidates)
-    assert grown.token_ids[:history] == prompt.token_ids[:history]
+    assert marks_of(grown.payload, MARK)[:6] == marks_of(prompt.payload, MARK)
+    assert len(marks_of(grown.payload, MARK)) == 8
     assert grown.salt == prompt.salt
 
 
 @pytest.mark.parametrize("column", range(4))
-def test_any_changed_column_of_an_event_changes_its_id(request_: RankingRequest, column: int) -> None:
+def test_any_changed_column_of_an_event_changes_all_marks_from_there(request_: RankingRequest, column: int) -> None:
     if column >= request_.events.shape[1]:
         pytest.skip("the schema has fewer columns")
     prompt, first = encode(request_), len(request_.user)
-    for place, salted in ((3, True), (25, False)):
+    for place, salted in ((3, True), (50, False)):
         events = request_.events.copy()
         events[place, column] = (events[place, column] + 1) % 3
         other = encode(replace(request_, events=events))
-        assert [i for i, (a, b) in enumerate(zip(prompt.token_ids, other.token_ids, strict=True)) if a != b] == [first + place]
+        same = [a == b for a, b in zip(marks_of(prompt.payload, MARK), marks_of(other.payload, MARK), strict=True)]
+        assert same == [number < (first + place) // MARK for number in range(6)]
         assert (other.salt != prompt.salt) == salted
 
 
@@ -57,18 +65,24 @@ def test_who_asks_and_where_static_ends_are_in_the_salt(request_: RankingRequest
     user = request_.user.copy()
     user[0] = (user[0] + 1) % 3
     assert encode(replace(request_, user=user)).salt != encode(request_).salt
-    fewer = encode(replace(request_, static_count=19))
+    fewer = encode(replace(request_, static_count=39, visible=request_.visible + 1))
     assert fewer.salt != encode(request_).salt
-    assert fewer.token_ids[len(user) + 19] != encode(request_).token_ids[len(user) + 19]
+    assert marks_of(fewer.payload, MARK)[2] != marks_of(encode(request_).payload, MARK)[2]
 
 
-def test_ids_of_many_events_hardly_ever_meet() -> None:
+def test_the_order_of_events_is_in_the_marks(request_: RankingRequest) -> None:
+    events = request_.events.copy()
+    events[[50, 51]] = events[[51, 50]]
+    assert marks_of(encode(replace(request_, events=events)).payload, MARK)[3] != marks_of(encode(request_).payload, MARK)[3]
+
+
+def test_marks_of_many_events_do_not_meet() -> None:
     rng = np.random.default_rng(0)
     request = random_request(rng, static=3, realtime=3, candidates=1)
     events = np.stack(np.meshgrid(np.arange(1, 4000), np.arange(30), indexing="ij"), axis=-1).reshape(-1, 2)
     events = np.concatenate([events, np.zeros((len(events), request.events.shape[1] - 2), np.int64)], axis=1)
-    ids = encode(replace(request, events=events, static_count=0)).token_ids[len(request.user) : -1]
-    assert len(set(ids)) > len(ids) - 12  # 2^31 places: about 3 pairs of 120,000 meet
+    marks = marks_of(encode(replace(request, events=events, static_count=0)).payload, MARK)
+    assert len({mark[:8] for mark in marks}) == len({mark[8:] for mark in marks}) == len(marks) == 119_972 // MARK
 
 
 @pytest.mark.parametrize("cut", [0, 10, -4])

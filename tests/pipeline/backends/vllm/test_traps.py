@@ -12,9 +12,12 @@ import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine import core
 
 from model.oracle import oracle_scores
+from pipeline.backends.vllm import plugin
 from pipeline.backends.vllm.inside import attention, worker
 from pipeline.backends.vllm.inside.cache import HistoryManager
 from pipeline.contracts import RankingRequest
@@ -42,24 +45,24 @@ def error(engine: Engine, request: RankingRequest, salted: bool = True) -> float
     return float(abs(answer.scores - oracle_scores(engine.model, request)).max())
 
 
-def test_the_stock_cache_manager_finds_candidates(engine: Engine, request_: RankingRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [error(engine, request_) < RIGHT for _ in range(2)] == [True, True]
-    monkeypatch.setattr(HistoryManager, "cache_blocks", FullAttentionManager.cache_blocks)
-    other = replace(request_, user=(request_.user + 1) % 3)
-    assert error(engine, other) < RIGHT
-    with pytest.raises(RuntimeError, match="at most its history comes from the cache"):
-        engine.score([other])
+def test_the_stock_hasher_is_noticed(request_: RankingRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hash token ids, which are all 0: candidates would be found, and one history instead of another."""
+    monkeypatch.setattr(core, "get_request_block_hasher", get_request_block_hasher)
+    monkeypatch.setattr(plugin, "register", lambda: None)
+    with open_engine(tmp_path) as engine, pytest.raises(RuntimeError, match="found by its own marks"):
+        engine.score([request_])
 
 
-def test_the_stock_cache_manager_finds_other_candidates_under_the_same_ids(
-    engine: Engine, request_: RankingRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Candidates' ids are all 0: a cache that kept them would take one list for another. Refused before it is scored."""
+def test_the_stock_cache_manager_and_hasher_find_candidates(request_: RankingRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request asked twice, or other candidates of the same user: some of them found, and refused before any are scored."""
+    monkeypatch.setattr(core, "get_request_block_hasher", get_request_block_hasher)
+    monkeypatch.setattr(plugin, "register", lambda: None)
     monkeypatch.setattr(HistoryManager, "cache_blocks", FullAttentionManager.cache_blocks)
-    assert error(engine, request_) < RIGHT
-    other = random_request(np.random.default_rng(1), static=0, realtime=0, candidates=40)
-    with pytest.raises(RuntimeError, match="at most its history comes from the cache"):
-        engine.score([replace(request_, candidates=other.candidates, cross=other.cross)])
+    with open_engine(tmp_path) as engine:
+        assert error(engine, request_) < RIGHT
+        other = random_request(np.random.default_rng(1), static=0, realtime=0, candidates=40)
+        with pytest.raises(RuntimeError, match="at most its history comes from the cache"):
+            engine.score([replace(request_, candidates=other.candidates, cross=other.cross)])
 
 
 def test_a_request_cut_into_steps_is_refused(request_: RankingRequest, tmp_path: Path) -> None:
