@@ -27,7 +27,7 @@ test-gpu: $(VENV)/.ready
 vllm-env: $(VLLM_VENV)/.ready
 
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest tests/pipeline/backends/vllm $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m "not slow" tests/pipeline/backends/vllm $(ARGS)
 	$(VLLM_VENV)/bin/python -m pytest tests/contracts -k vllm $(ARGS)
 
 $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt

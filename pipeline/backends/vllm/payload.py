@@ -58,7 +58,7 @@ class Prompt:
 
     token_ids: list[int]
     salt: str
-    """32 hexadecimal digits."""
+    """32 characters."""
     payload: bytes
 
 

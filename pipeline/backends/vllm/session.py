@@ -61,7 +61,8 @@ class VllmSession:
         self._params, self._schema, self._max_seq_len, self._limit = params, schema, max_seq_len, queue_limit
         self._died, self._on_close = died, on_close
         self._lock = threading.Lock()
-        self._waiting, self._closed, self._generation = 0, False, 0
+        self._closed, self._generation = False, 0
+        self._open: set[Future[Scores]] = set()
         self._dead: AutotuneError | None = None
         self._totals = dict.fromkeys(("requests", "tokens", "history_tokens", "cached_tokens", "rejected"), 0)
         self._inside: Mapping[str, float] = {}
@@ -89,13 +90,13 @@ class VllmSession:
                 raise RuntimeError("this session is closed and takes no more requests; load the engine again")
             if self._dead:
                 future.set_exception(self._dead)
-            elif self._waiting >= self._limit:
+            elif len(self._open) >= self._limit:
                 self._totals["rejected"] += 1
                 future.set_exception(
                     Overloaded(f"at most {self._limit} requests may be with vLLM, {self._limit} are; retry later, send less, or raise the limit")
                 )
             else:
-                self._waiting += 1
+                self._open.add(future)
                 self._loop.call_soon_threadsafe(self._begin, request, future, self._generation)
         return future
 
@@ -135,13 +136,11 @@ class VllmSession:
     # -- in the loop's thread
 
     def _begin(self, request: RankingRequest, future: Future[Scores], generation: int) -> None:
-        if not future.set_running_or_notify_cancel():
-            with self._lock:
-                self._waiting -= 1
-            return
         task = self._loop.create_task(self._score(request, future, generation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # Who cancels a request gives its place in the engine back, at any time before its scores are there.
+        future.add_done_callback(lambda ended: self._loop.call_soon_threadsafe(task.cancel) if ended.cancelled() else None)
 
     async def _score(self, request: RankingRequest, future: Future[Scores], generation: int) -> None:
         try:
@@ -149,16 +148,18 @@ class VllmSession:
         except BaseException as error:  # whatever it is, someone waits for it
             told = self._told(error)
             with self._lock:
-                self._waiting -= 1
-            future.set_exception(told)
+                self._open.discard(future)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(told)
             return
         with self._lock:
-            self._waiting -= 1
+            self._open.discard(future)
             self._totals["requests"] += 1
             self._totals["tokens"] += request.tokens
             self._totals["history_tokens"] += len(request.user) + len(request.events)
             self._totals["cached_tokens"] += cached
-        future.set_result(scores)
+        if future.set_running_or_notify_cancel():
+            future.set_result(scores)
 
     async def _answer(self, request: RankingRequest, generation: int) -> tuple[Scores, int]:
         """Scores, and how many tokens of the history were found in the cache."""

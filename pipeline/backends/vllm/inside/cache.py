@@ -53,7 +53,7 @@ def history_hasher(block: int, *_: Any) -> Callable[[Any], list[bytes]]:
             return []
         # As bytes the ids, all 0, are copied to the runner in one move, and not one by one.
         request.prompt_token_ids = bytearray(request.num_prompt_tokens)
-        head = bytes.fromhex(request.cache_salt or "")
+        head = (request.cache_salt or "").encode()
         return [head + mark for mark in marks_of(request.pooling_params.extra_kwargs[KEY], block)]
 
     return hashes

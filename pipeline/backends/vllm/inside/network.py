@@ -104,9 +104,9 @@ class CandidatePooler(Pooler):
         return {"plugin"}
 
     def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor]:
-        """[C, heads] -> one [K, heads] a request."""
+        """[C, heads] -> one [K, heads] a request, soon to be on the host: in one copy, where vLLM would make one for each."""
         params = pooling_metadata.pooling_params
         if any(p.extra_kwargs is None for p in params):  # a profiling run
             return [hidden_states[:1].expand(1, len(HEADS)) for _ in params]
         counts = [lengths_of(p.extra_kwargs[KEY]).candidates for p in params]
-        return list(hidden_states[: sum(counts)].split(counts))
+        return list(hidden_states[: sum(counts)].to("cpu", non_blocking=True).split(counts))

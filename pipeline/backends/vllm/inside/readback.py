@@ -69,7 +69,8 @@ class ToldWorker(MtgrWorker):
             found = features(*given)
             if found:  # nothing in a profiling run
                 self.steps += 1
-                self.rows += len(found["step"].kind)
+                step = found["step"]
+                self.rows += sum(step.rows) + sum(step.candidates)  # a graph's arrays are longer
             return found
 
         runner._init_model_kwargs = counted

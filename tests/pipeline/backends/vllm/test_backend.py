@@ -101,17 +101,18 @@ def test_a_start_that_fails_for_another_reason_is_not_the_settings_fault(tmp_pat
     assert adapter._below() == before
 
 
-def test_a_killed_engine_fails_every_request_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["EngineCor", "Worker"])
+def test_a_killed_process_fails_every_request_and_leaves_nothing(tmp_path: Path, victim: str) -> None:
     before = adapter._below()
     session = load(built(tmp_path))
     try:
         requests = jagged_requests(np.random.default_rng(1), 20)
         session.submit(requests[0]).result(60)
         started = adapter._below() - before
-        (core,) = (process for process in started if "EngineCor" in process.name())
-        core.send_signal(signal.SIGSTOP)  # so that they wait when it dies
+        (killed,) = (process for process in started if victim in process.name())
+        killed.send_signal(signal.SIGSTOP)  # so that they wait when it dies
         futures = [session.submit(request) for request in requests]
-        os.kill(core.pid, signal.SIGKILL)
+        os.kill(killed.pid, signal.SIGKILL)
         for future in (*futures, session.submit(requests[0])):
             assert isinstance(future.exception(60), MachineError)
             assert "a process of it was killed; load it again" in str(future.exception())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -30,12 +31,16 @@ class FakeEngine:
         self.fault: Exception | None = None
         self.shape_off = 0
         self.seen: list[tuple[Any, str]] = []
-        self.ended = 0
+        self.ended = self.aborted = 0
         self.steps = 0
 
     async def encode(self, prompt: Any, pooling_params: bytes, request_id: str) -> AsyncGenerator[Any, None]:
         self.seen.append((prompt, request_id))
-        await self.gate.wait()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.aborted += 1
+            raise
         if self.fault:
             raise self.fault
         lengths = lengths_of(pooling_params)
@@ -182,6 +187,23 @@ def test_a_cancelled_request_frees_its_place(held: Held, request_: RankingReques
     block.set()
     held.call(lambda: None)
     assert [held.session.submit(request_).exception(10) for _ in range(4)] == [None] * 4
+
+
+def test_a_request_is_cancelled_while_the_engine_has_it(held: Held, request_: RankingRequest) -> None:
+    held.call(held.engine.gate.clear)
+    futures = [held.session.submit(request_) for _ in range(8)]
+    held.call(lambda: None)
+    assert len(held.engine.seen) == 8
+    assert [future.cancel() for future in futures[:3]] == [True] * 3
+    assert not wait(futures[:3], 10).not_done
+    held.call(lambda: None)
+    assert held.engine.aborted == 3
+    futures += [held.session.submit(request_) for _ in range(3)]
+    held.call(held.engine.gate.set)
+    assert all(len(future.result(10)) == 6 for future in futures[3:])
+    assert not futures[-1].cancel()
+    assert held.session.counters()["requests"] == 8
+    assert not held.session._open
 
 
 def test_closing_finishes_what_was_submitted_and_is_done_once(request_: RankingRequest) -> None:

@@ -1,0 +1,198 @@
+"""What a request costs the host inside engine `vllm`: CPU microseconds by process and by part, on a CPU with a network that computes nothing.
+
+    python reports/vllm-host/measure.py [--requests 3000]
+
+Requests are those of the large size, 1,920 of 2,048 tokens cached, 64 at a time. The first table is of the two processes that serve, as the system
+counts their CPU time; the load generator's is the front end's. The second is of single calls, the best of twenty, in this process. A process serves
+no more requests a second than a million divided by its microseconds. On a GPU the engine's process also launches, and waits without computing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import psutil  # noqa: E402
+import torch  # noqa: E402
+
+from model import checkpoint  # noqa: E402
+from model.config import SIZES  # noqa: E402
+from model.network import MTGR  # noqa: E402
+from pipeline.backends.vllm import options  # noqa: E402
+from pipeline.backends.vllm.backend import BACKEND  # noqa: E402
+from pipeline.backends.vllm.payload import KEY, decode, encode  # noqa: E402
+from pipeline.backends.vllm.step import plan  # noqa: E402
+from pipeline.contracts import HEADS, Feature, FeatureSchema, RankingRequest, Session, Settings  # noqa: E402
+from pipeline.requests import validate  # noqa: E402
+
+USERS, USER_TOKENS, EVENTS, CANDIDATES, TOKENS = 64, 8, 1912, 128, 2048
+COMMON: Settings = {
+    "engine.max_num_seqs": 64,
+    "engine.max_num_batched_tokens": 32768,
+    "engine.kv_cache_memory_mib": 256,
+    "engine.prefix_caching_hash_algo": "xxhash",
+}
+ENGINES: dict[str, Settings] = {
+    "block 16": {"engine.block_size": 16},
+    "block 64": {"engine.block_size": 64},
+    "block 128": {"engine.block_size": 128},
+    "block 128, async": {"engine.block_size": 128, "engine.async_scheduling": True},
+}
+
+
+def schema() -> FeatureSchema:
+    def features(**rows: int) -> tuple[Feature, ...]:
+        return tuple(Feature(name=name, rows=count) for name, count in rows.items())
+
+    return FeatureSchema(
+        user=features(**{f"user_{i}": 100 for i in range(USER_TOKENS)}),
+        event=features(item=500, category=50, action=16, gap=64),
+        candidate=features(item=500, category=50, price=50),
+        cross=tuple(f"cross_{i}" for i in range(32)),
+        heads=HEADS,
+    )
+
+
+def requests() -> list[RankingRequest]:
+    """One a user."""
+    rng = np.random.default_rng(0)
+    return [
+        RankingRequest(
+            user=rng.integers(0, 100, USER_TOKENS),
+            events=np.stack([rng.integers(0, rows, EVENTS) for rows in (500, 50, 16, 64)], axis=1),
+            static_count=EVENTS // 2,
+            candidates=np.stack([rng.integers(0, rows, CANDIDATES) for rows in (500, 50, 50)], axis=1),
+            cross=rng.normal(size=(CANDIDATES, 32)).astype(np.float32),
+            visible=np.full(CANDIDATES, EVENTS - EVENTS // 2),
+            user_key=user,
+        )
+        for user in range(USERS)
+    ]
+
+
+def answered(session: Session, asked: Sequence[RankingRequest], count: int, at_once: int = 64) -> None:
+    """`count` requests, so many at once."""
+    slots = threading.Semaphore(at_once)
+
+    def done(future: Any) -> None:
+        slots.release()
+
+    futures = []
+    for number in range(count):
+        slots.acquire()
+        futures.append(session.submit(asked[number % len(asked)]))
+        futures[-1].add_done_callback(done)
+    for future in futures:
+        future.result(60)
+
+
+def processes(name: str, folder: Path, settings: Settings, count: int) -> str:
+    """A line of the first table."""
+    asked = requests()
+    session = BACKEND.load(folder, {**COMMON, **settings})
+    try:
+        answered(session, asked, 2 * len(asked), at_once=8)
+        mine = psutil.Process()
+        inside = max(mine.children(recursive=True), key=lambda child: sum(child.cpu_times()[:2]))
+        found, start, before = session.counters(), time.perf_counter(), [sum(p.cpu_times()[:2]) for p in (mine, inside)]
+        answered(session, asked, count)
+        took, after = time.perf_counter() - start, [sum(p.cpu_times()[:2]) for p in (mine, inside)]
+        told = {key: value - found[key] for key, value in session.counters().items()}
+        front, engine = (1e6 * (late - early) / count for late, early in zip(after, before, strict=True))
+        cached = told["cached_tokens"] / told["history_tokens"]
+        return f"{name:20} {front:8.0f} {engine:8.0f} {cached:8.2f} {told['requests'] / told['batches']:8.1f} {count / took:8.0f}"
+    finally:
+        session.close()
+
+
+def parts() -> dict[str, float]:
+    """Microseconds a request of each call, 32 together where a step holds them together."""
+    from vllm import PoolingParams
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+    from vllm.v1.request import Request
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    from pipeline.backends.vllm.inside.cache import history_hasher
+
+    asked = requests()[:32]
+    prompts = [encode(r) for r in asked]
+    known, shape = [decode(p.payload) for p in prompts], schema()
+    sent = [
+        EngineCoreRequest(
+            request_id=str(number),
+            prompt_token_ids=p.token_ids,
+            mm_features=None,
+            sampling_params=None,
+            pooling_params=PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={KEY: p.payload}),
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=p.salt,
+            data_parallel_rank=None,
+        )
+        for number, p in enumerate(prompts)
+    ]
+    encoder, requests_in = MsgpackEncoder(), MsgpackDecoder(EngineCoreRequest)
+    wire = [encoder.encode(r) for r in sent]
+    outputs = EngineCoreOutputs(
+        outputs=[EngineCoreOutput(request_id=r.request_id, new_token_ids=[], pooling_output=torch.rand(CANDIDATES, 4)) for r in sent]
+    )
+    outputs_in, answer, hasher = MsgpackDecoder(EngineCoreOutputs), encoder.encode(outputs), history_hasher(128)
+    cpu, sizes = torch.device("cpu"), tuple(options.capture_sizes(8192))
+    history, ready = TOKENS - CANDIDATES, [CANDIDATES] * len(asked)
+    calls: dict[str, tuple[int, Callable[[], object]]] = {
+        "front: validate": (32, lambda: [validate(r, shape, TOKENS) for r in asked]),
+        "front: encode": (32, lambda: [encode(r) for r in asked]),
+        "front: clone parameters": (32, lambda: [r.pooling_params.clone() for r in sent if r.pooling_params]),
+        "front: serialise": (32, lambda: [encoder.encode(r) for r in sent]),
+        "front: read scores": (32, lambda: outputs_in.decode(answer)),
+        "engine: read request": (32, lambda: [requests_in.decode(bytes_) for bytes_ in wire]),
+        "engine: make it vLLM's": (32, lambda: [Request.from_engine_core_request(r, hasher) for r in sent]),
+        "engine: decode payload": (32, lambda: [decode(p.payload) for p in prompts]),
+        "engine: plan a step of 32": (32, lambda: plan(known, [history] * len(asked), ready, cpu, sizes=sizes)),
+        "engine: plan a step of 1": (1, lambda: plan(known[:1], [history], ready[:1], cpu, sizes=sizes)),
+        "engine: serialise scores": (32, lambda: encoder.encode(outputs)),
+    }
+    return {name: best(call) / share for name, (share, call) in calls.items()}
+
+
+def best(call: Callable[[], object]) -> float:
+    """Microseconds of the fastest of twenty."""
+    times = []
+    for _ in range(21):
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    return min(times)
+
+
+def main() -> None:
+    count = int(sys.argv[sys.argv.index("--requests") + 1]) if "--requests" in sys.argv else 3000
+    options.FIXED |= {"worker_cls": "stub.StubWorker", "distributed_executor_backend": "uni"}  # one process, as on one GPU
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        checkpoint.save(folder / "checkpoint", MTGR(replace(SIZES["tiny"], layers=1, max_seq_len=TOKENS), schema()))
+        BACKEND.build(folder / "checkpoint", {}, folder / "engine")
+        print(f"{'CPU us a request':20} {'front':>8} {'engine':>8} {'found':>8} {'a step':>8} {'a second':>8}")
+        for name, settings in ENGINES.items():
+            print(processes(name, folder / "engine", settings, count), flush=True)
+    print(f"\n{'us a request, one call':34}")
+    for name, took in parts().items():
+        print(f"{name:34} {took:6.1f}")
+
+
+if __name__ == "__main__":
+    main()
