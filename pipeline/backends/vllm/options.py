@@ -11,7 +11,7 @@ from pipeline.errors import SettingsError
 SMALLEST = 128
 """Rows from which on captured sizes lie an eighth apart: a lone request whose history is cached has about as many, all of them candidates."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 FIXED: dict[str, Any] = {
     "runner": "pooling",  # scores are pooled from a request's rows; nothing is generated
@@ -34,7 +34,7 @@ NAMES = {
     "engine.kv_cache_dtype": "kv_cache_dtype",
 }
 """Settings vLLM knows by nearly the same name."""
-TRANSLATED = ("engine.dtype", "engine.kv_cache_memory_mib", "engine.cudagraph_capture_tokens", "engine.quantization")
+TRANSLATED = ("engine.dtype", "engine.kv_cache_memory_mib", "engine.host_cache_gib", "engine.cudagraph_capture_tokens", "engine.quantization")
 """Settings it knows otherwise, like `build.precision`."""
 
 
@@ -57,10 +57,11 @@ def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) 
     _check(args)
     if quantised:
         _check_quantised(str(settings["engine.quantization"]), args)
+    tier = host_tier(float(settings.get("engine.host_cache_gib", 0)), args)
 
-    from vllm.config import PoolerConfig
+    from vllm.config import KVTransferConfig, PoolerConfig
 
-    return {**args, "pooler_config": PoolerConfig(task="plugin")}
+    return {**args, "pooler_config": PoolerConfig(task="plugin"), **({"kv_transfer_config": KVTransferConfig(**tier)} if tier else {})}
 
 
 def capture_sizes(largest: int) -> list[int]:
@@ -87,6 +88,20 @@ def _graphs(largest: int, args: Mapping[str, Any]) -> dict[str, Any]:
         return {"compilation_config": pieces}
     eager = bool(args.get("enforce_eager")) or not largest
     return {"enforce_eager": True, "additional_config": {} if eager else {"capture": capture_sizes(largest)}}
+
+
+def host_tier(gib: float, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Of KVTransferConfig: room of `gib` in the host's memory, pinned, for histories that leave the pages; nothing with 0."""
+    if gib < 0:
+        raise SettingsError(f"engine.host_cache_gib is 0, for no histories in the host's memory, or GiB of it, got {gib:g}")
+    if gib and not args.get("enable_prefix_caching"):
+        raise SettingsError(
+            f"engine.host_cache_gib={gib:g} keeps what prefix caching finds again; set engine.enable_prefix_caching to true, or this to 0"
+        )
+    if not gib:
+        return {}
+    home = {"kv_connector": "HistoryTier", "kv_connector_module_path": "pipeline.backends.vllm.inside.tier", "kv_role": "kv_both"}
+    return {**home, "kv_connector_extra_config": {"cpu_bytes_to_use": int(gib * GIB)}}
 
 
 def _check(args: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.backends.vllm.inside.worker import MtgrWorker
-from pipeline.backends.vllm.options import DTYPES, MIB, NAMES
+from pipeline.backends.vllm.options import DTYPES, GIB, MIB, NAMES
 
 
 def settings(config: Any, caches: list[torch.Tensor]) -> dict[str, Any]:
@@ -26,12 +26,13 @@ def settings(config: Any, caches: list[torch.Tensor]) -> dict[str, Any]:
         attribute = renamed.get(own, own)
         found[name] = next(getattr(home, attribute) for home in homes if hasattr(home, attribute))
     precision = {kind: name for name, kind in DTYPES.items()}[str(model.dtype).removeprefix("torch.")]
-    pages = caches[0]
+    pages, tier = caches[0], config.kv_transfer_config
     return {
         **found,
         "build.precision": precision,
         "engine.async_scheduling": bool(found["engine.async_scheduling"]),
         "engine.kv_cache_memory_mib": (cache.kv_cache_memory_bytes or 0) // MIB,
+        "engine.host_cache_gib": tier.kv_connector_extra_config["cpu_bytes_to_use"] / GIB if tier else 0,
         "engine.cudagraph_capture_tokens": max(graphs or (0,)),
         "engine.quantization": "fp8" if config.additional_config.get("fp8") else model.quantization or "none",
         "engine.cudagraph_mode": compilation.cudagraph_mode.name if compilation.cudagraph_mode is not None else "NONE",

@@ -45,16 +45,23 @@ class Engine:
 
     def score(self, requests: Sequence[RankingRequest], salted: bool = True) -> list[Answer]:
         """All at once."""
-        from vllm import PoolingParams
-
-        prompts = [encode(r) for r in requests]
-        outputs = self.llm.encode(
-            [{"prompt_token_ids": p.token_ids, **({"cache_salt": p.salt} if salted else {})} for p in prompts],
-            [PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={KEY: p.payload}) for p in prompts],
-            pooling_task="plugin",
-            use_tqdm=False,
-        )
+        inputs, params = zip(*prompts(requests, salted), strict=True)
+        outputs = self.llm.encode([*inputs], [*params], pooling_task="plugin", use_tqdm=False)
         return [Answer(o.outputs.data.numpy(), o.num_cached_tokens) for o in outputs]
+
+
+def prompts(requests: Sequence[RankingRequest], salted: bool = True) -> list[tuple[Any, Any]]:
+    """Of each request what vLLM is given: a prompt and its parameters."""
+    from vllm import PoolingParams
+
+    encoded = [encode(r) for r in requests]
+    return [
+        (
+            {"prompt_token_ids": p.token_ids, **({"cache_salt": p.salt} if salted else {})},
+            PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={KEY: p.payload}),
+        )
+        for p in encoded
+    ]
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def test_every_setting_arrives() -> None:
         "engine.tensor_parallel_size": 1,
         "engine.kv_cache_dtype": "auto",
     }
-    values |= {"engine.cudagraph_capture_tokens": 512, "engine.quantization": "fp8"}
+    values |= {"engine.cudagraph_capture_tokens": 512, "engine.quantization": "fp8", "engine.host_cache_gib": 1.5}
     assert set(NAMES) | set(TRANSLATED) == {*values, "engine.dtype"}
     args = EngineArgs(**engine_args(FOLDER, {**values, "build.precision": "bf16", "quant.recipe": "none"}))
     for name, own in NAMES.items():
@@ -41,6 +41,8 @@ def test_every_setting_arrives() -> None:
     assert args.enable_chunked_prefill is False
     assert args.runner == "pooling"
     assert args.additional_config == {"fp8": True}  # and no graphs: SETTINGS enforce eager
+    assert args.kv_transfer_config.kv_connector_extra_config == {"cpu_bytes_to_use": 3 * 2**29}
+    assert EngineArgs(**engine_args(FOLDER, {"engine.host_cache_gib": 0})).kv_transfer_config is None
 
 
 def test_captured_sizes_waste_little() -> None:
@@ -93,6 +95,8 @@ def test_the_type_is_named_and_never_left_to_vllm(precision: str) -> None:
         ({"engine.kv_cache_dtype": "fp8"}, "goes with rows of 16 bits"),
         ({"engine.cudagraph_capture_tokens": -1}, "cudagraph_capture_tokens is 0"),
         ({"engine.block_size": 8}, "block_size is a multiple of 16"),
+        ({"engine.host_cache_gib": -1, "engine.enable_prefix_caching": True}, "host_cache_gib is 0"),
+        ({"engine.host_cache_gib": 8}, "keeps what prefix caching finds again"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], rule: str) -> None:
