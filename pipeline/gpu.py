@@ -25,6 +25,7 @@ class GpuState:
     temperature_c: int
     power_w: float
     memory_used_mib: float
+    memory_total_mib: float
     processes: frozenset[int]
     """Process ids with work on it."""
 
@@ -62,5 +63,6 @@ def _state(nvml: Any, index: int) -> GpuState:
         temperature_c=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU) or 0,
         power_w=(ask("nvmlDeviceGetPowerUsage") or 0) / 1000,
         memory_used_mib=memory.used / 2**20 if memory else 0.0,
+        memory_total_mib=memory.total / 2**20 if memory else 0.0,
         processes=frozenset(process.pid for process in processes),
     )

@@ -40,7 +40,7 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_state_is_read_in_plain_units_and_the_library_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    process, memory = types.SimpleNamespace(pid=7), types.SimpleNamespace(used=3 * 2**30)
+    process, memory = types.SimpleNamespace(pid=7), types.SimpleNamespace(used=3 * 2**30, total=2 * 3 * 2**30)
     nvml = fake_nvml(
         ClockInfo=1980, CurrentClocksThrottleReasons=0x1 | 0x4 | 0x40, PowerUsage=350_500, MemoryInfo=memory, ComputeRunningProcesses=[process]
     )

@@ -13,7 +13,15 @@ from pipeline.machine import State, disturbance, shares
 
 QUIET = State(at=0.0, cores=4, busy_s=100.0, own_s=10.0, steal_s=1.0, own_pids=frozenset({5}))
 GPU = GpuState(
-    index=0, sm_clock_mhz=1980, memory_clock_mhz=3201, throttle=0, temperature_c=40, power_w=100.0, memory_used_mib=0.0, processes=frozenset()
+    index=0,
+    sm_clock_mhz=1980,
+    memory_clock_mhz=3201,
+    throttle=0,
+    temperature_c=40,
+    power_w=100.0,
+    memory_used_mib=0.0,
+    memory_total_mib=0.0,
+    processes=frozenset(),
 )
 
 

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from pipeline import gpu
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.vllm import options
 from pipeline.backends.vllm.payload import KEY
+from pipeline.backends.vllm.processes import Processes, Task, divided
 from pipeline.backends.vllm.session import Engine, VllmSession
 from pipeline.backends.vllm.words import Words
 from pipeline.contracts import Settings
@@ -53,6 +55,7 @@ LOAD: Mapping[str, Knob] = {
     "engine.cudagraph_capture_tokens": Knob(default=512, low=1, zero=True),
     "engine.quantization": Knob(default="none", options=("none", "fp8")),
     "engine.tensor_parallel_size": Knob(default=1, options=(1, 2, 4, 8)),
+    "engine.processes": Knob(default=1, low=1, high=8),
     "serve.queue_limit": SERVE["serve.queue_limit"],
 }
 """A pool of 0 MiB is sized by gpu_memory_utilization; any other size overrides it. Graphs are captured only where enforce_eager is off."""
@@ -80,12 +83,14 @@ class Vllm:
         served.write(checkpoint, out / SERVED)
         engine.EngineFile(backend=self.name, settings=settled, schema=schema, max_seq_len=config.max_seq_len).write(out)
 
-    def load(self, folder: Path, settings: Settings) -> VllmSession:
+    def load(self, folder: Path, settings: Settings) -> VllmSession | Processes:
         """Start the engine's processes. Raises SettingsError, ArtifactError, MachineError, or UserError where vLLM is not installed."""
         settled = settle(self.name, settings, LOAD)
         built = engine.read(folder, self.name)
         if reason := self.unavailable():
             raise UserError(reason)
+        if int(settled["engine.processes"]) > 1:
+            return _several(folder, settled, built)
         asked: Settings = {**built.settings, **settled, "engine.max_model_len": built.max_seq_len}
         words, before = Words(), _below()
         left: set[psutil.Process] = set()
@@ -118,6 +123,20 @@ class Vllm:
 BACKEND = Vllm()
 
 
+def _several(folder: Path, settled: Settings, built: engine.EngineFile) -> Processes:
+    memory = sum(device.memory_total_mib for device in gpu.read()[:1])
+    weights = sum(path.stat().st_size for path in (folder / SERVED).iterdir()) / 2**20
+    whole = ("engine.gpu_memory_utilization", "engine.kv_cache_memory_mib", "serve.queue_limit")
+    return Processes(
+        Task(__name__, folder, divided(settled, memory, weights)),
+        int(settled["engine.processes"]),
+        schema=built.schema,
+        max_seq_len=built.max_seq_len,
+        queue_limit=int(settled["serve.queue_limit"]),
+        told={name: settled[name] for name in whole},
+    )
+
+
 def _start(served: Path, settings: Settings) -> Engine:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -128,7 +147,9 @@ def _start(served: Path, settings: Settings) -> Engine:
     if reason := plugin.check():
         raise RuntimeError(reason)
     # Its counts for dashboards are not wanted, and take time in every step.
-    arguments = options.engine_args(served, {name: value for name, value in settings.items() if not name.startswith("serve.")})
+    arguments = options.engine_args(
+        served, {name: value for name, value in settings.items() if not name.startswith("serve.") and name != "engine.processes"}
+    )
     made: Engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, disable_log_stats=True))
     return made
 
