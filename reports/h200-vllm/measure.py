@@ -66,6 +66,8 @@ ENGINES: dict[str, Row] = {
     "tuned": {**COMMON, **GRAPHS},
     "async": {**COMMON, **GRAPHS, "engine.async_scheduling": True},
     "fp8 pages": {**COMMON, **GRAPHS, "engine.kv_cache_dtype": "fp8"},
+    "2 processes": {**COMMON, **GRAPHS, "engine.processes": 2},
+    "3 processes": {**COMMON, **GRAPHS, "engine.processes": 3},
     "fp8": {**COMMON, **GRAPHS, "engine.kv_cache_dtype": "fp8", "engine.quantization": "fp8"},
 }
 """vLLM's defaults but for bf16 (they would be fp32's), then ours."""
@@ -206,7 +208,11 @@ def main(out: Path, names: Sequence[str], tiny: bool) -> None:
         del model
         if device == "cuda":
             torch.cuda.empty_cache()
-        rows = []
+        import vllm
+
+        machine = {"gpu": torch.cuda.get_device_name() if device == "cuda" else "CPU", "torch": torch.__version__, "vllm": vllm.__version__}
+        machine |= {name: getattr(scale, name) for name in ("tokens", "candidates", "users")}
+        rows: list[Row] = []
         for name in names or list(ENGINES):
             settings = {**ENGINES[name], **(SMALL if tiny else {})}
             if tiny:
@@ -230,7 +236,7 @@ def main(out: Path, names: Sequence[str], tiny: bool) -> None:
                 traceback.print_exc()
                 row["error"] = f"{type(error).__name__}: {error}"[:1000]
             say(row)
-            (out / "results.json").write_text(json.dumps(rows, indent=1))
+            (out / "results.json").write_text(json.dumps({"machine": machine, "engines": rows}, indent=1))
 
 
 if __name__ == "__main__":

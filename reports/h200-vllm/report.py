@@ -1,0 +1,99 @@
+"""results.json of `measure.py` -> report.md beside it: python reports/h200-vllm/report.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+WARM, WARM_P99_MS, ALONE_MS, COLD = 4000, 20.0, 2.5, 450
+"""The goals: requests a second with histories cached at that p99, median of one alone, requests a second with nobody cached."""
+LATE_MS = 10.0
+Row = dict[str, Any]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)])
+
+
+def best_open(row: Row) -> Row | None:
+    """The fastest open loop whose p99 meets the goal."""
+    kept = [found for found in row.get("open", []) if "error" not in found and found["late_p99_ms"] <= LATE_MS and found["p99_ms"] <= WARM_P99_MS]
+    return max(kept, key=lambda found: float(found["rate_rps"]), default=None)
+
+
+def peak(row: Row) -> float:
+    """Warm."""
+    return max((float(found["rps"]) for found in row.get("warm", [])), default=0.0)
+
+
+def goal(value: float, wanted: float, *, less: bool = False) -> str:
+    """In a word."""
+    share = wanted / value if less else value / wanted
+    return "met" if share >= 1 else f"missed by {100 * (1 - share):.0f} %"
+
+
+def opened(found: Row) -> str:
+    """One open loop."""
+    if "error" in found:
+        return f"{found['rate_rps']:,.0f}/s: {found['error'].split(':')[0]}"
+    late = f", sender late by {found['late_p99_ms']:.0f} ms: does not count" if found["late_p99_ms"] > LATE_MS else ""
+    return f"{found['rate_rps']:,.0f}/s: {found['p50_ms']:.1f} / {found['p99_ms']:.1f} ms{late}"
+
+
+def main() -> None:
+    """Write report.md."""
+    found = json.loads((HERE / "results.json").read_text())
+    machine, rows = found["machine"], [row for row in found["engines"] if "warm" in row]
+    fastest = max(rows, key=lambda row: (best_open(row) or {"rate_rps": 0})["rate_rps"] or peak(row))
+    quickest = min(rows, key=lambda row: float(row["alone_warm"]["p50_ms"]))
+    coldest = max(rows, key=lambda row: float(row["cold"]["rps"]))
+    held = best_open(fastest)
+    rate = float(held["rate_rps"]) if held else 0.0
+    parts = [
+        f"# Engine vllm on one {machine['gpu']}",
+        f"Made by `report.py` from what `measure.py` left in `results.json`; vLLM {machine['vllm']}, torch {machine['torch']}. Large, random weights, "
+        f"requests of {machine['tokens']:,} tokens of which {machine['candidates']} are candidates, half of the history static; {machine['users']} users. Cold: "
+        "nobody is known. Warm: every user was there before with this history and asks about other candidates. Times run from `submit` to the scores, in "
+        "the open loop from the intended arrival.",
+        "## In short",
+        f"- Warm: at most {WARM_P99_MS:.0f} ms (p99) are kept up to **{rate:,.0f} requests/s** in open loop by `{fastest['engine']}`; goal {WARM:,}: {goal(rate, WARM)}. "
+        f"Its closed-loop peak is {peak(fastest):,.0f}.\n"
+        f"- Alone and warm, median: **{quickest['alone_warm']['p50_ms']:.2f} ms** by `{quickest['engine']}`; goal {ALONE_MS}: {goal(quickest['alone_warm']['p50_ms'], ALONE_MS, less=True)}.\n"
+        f"- Cold: **{coldest['cold']['rps']:,.0f} requests/s** by `{coldest['engine']}`; goal {COLD}: {goal(coldest['cold']['rps'], COLD)}.",
+        "## Engines",
+        table(
+            ["engine", "start s", "largest difference, cold / warm", "cold requests/s", "alone cold, ms", "warm peak requests/s", "alone warm, p50 / p99 ms",
+             "warm, open loop: p50 / p99", "pages, tokens"],
+            [
+                [
+                    row["engine"],
+                    f"{row['load_s']:.0f}",
+                    f"{row['difference_cold']:.3f} / {row['difference_warm']:.3f}",
+                    f"{row['cold']['rps']:,.0f}",
+                    f"{row['alone_cold']['p50_ms']:.2f}",
+                    f"{peak(row):,.0f}",
+                    f"{row['alone_warm']['p50_ms']:.2f} / {row['alone_warm']['p99_ms']:.2f}",
+                    "; ".join(map(opened, row["open"])),
+                    f"{row['effective'].get('engine.kv_capacity_tokens', 0):,}",
+                ]
+                for row in rows
+            ],
+        ),
+        "The difference is that of scores from the plain network in float32 on four requests; weights are random, so it says how far rounding alone moves "
+        "untrained scores.",
+        "## Settings",
+        table(
+            ["engine", "settings"],
+            [[row["engine"], ", ".join(f"`{name.split('.')[1]}={value}`" for name, value in row["settings"].items())] for row in found["engines"]],
+        ),
+    ]  # fmt: skip
+    failed = [f"- `{row['engine']}`: {row['error']}" for row in found["engines"] if "error" in row]
+    parts += ["## Failed", "\n".join(failed)] if failed else []
+    (HERE / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()
