@@ -29,7 +29,8 @@ class DataConfig:
     max_static: int = 124
     """Most S events of a sample: the newest before its chunk."""
     chunk: int = 64
-    """Events of a sample's R part; S moves on in steps of this size."""
+    """Events of a sample's R part; S moves on in steps of this size. An engine that keeps histories finds nothing of a user whose S has moved: about
+    growth between visits / chunk of all visits (reports/vllm-cache)."""
     max_candidates: int = 64
     """Most candidates of a serving request."""
     return_days: float = 0.0

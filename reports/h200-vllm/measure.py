@@ -61,6 +61,7 @@ TINY = Scale("tiny", 256, 32, 16, (4, 8), 0.5, 0.5, 20, 1.0, (0.5,))
 
 COMMON: Row = {"build.precision": "bf16", "engine.max_num_seqs": 64, "engine.prefix_caching_hash_algo": "xxhash", "engine.block_size": 128}
 GRAPHS: Row = {"engine.max_num_batched_tokens": 32768, "engine.cudagraph_capture_tokens": 8192}
+POOL: Row = {"engine.kv_cache_memory_mib": 16384}
 ENGINES: dict[str, Row] = {
     "defaults": {"build.precision": "bf16"},
     "tuned": {**COMMON, **GRAPHS},
@@ -69,8 +70,10 @@ ENGINES: dict[str, Row] = {
     "2 processes": {**COMMON, **GRAPHS, "engine.processes": 2},
     "3 processes": {**COMMON, **GRAPHS, "engine.processes": 3},
     "fp8": {**COMMON, **GRAPHS, "engine.kv_cache_dtype": "fp8", "engine.quantization": "fp8"},
+    "small pool": {**COMMON, **GRAPHS, **POOL},
+    "host tier": {**COMMON, **GRAPHS, **POOL, "engine.host_cache_gib": 48.0},
 }
-"""vLLM's defaults but for bf16 (they would be fp32's), then ours."""
+"""vLLM's defaults but for bf16 (they would be fp32's), then ours; the last two have a pool of a third of the histories, one with all of them in the host."""
 SMALL: Row = {"engine.max_num_batched_tokens": 2048, "engine.kv_cache_memory_mib": 256, "engine.enforce_eager": True, "build.precision": "fp32"}
 
 
@@ -216,7 +219,8 @@ def main(out: Path, names: Sequence[str], tiny: bool) -> None:
         for name in names or list(ENGINES):
             settings = {**ENGINES[name], **(SMALL if tiny else {})}
             if tiny:
-                settings.pop("engine.kv_cache_dtype", None), settings.pop("engine.quantization", None)
+                for of_a_gpu in ("engine.kv_cache_dtype", "engine.quantization", "engine.host_cache_gib"):
+                    settings.pop(of_a_gpu, None)
             engine = Path(folder) / name.replace(" ", "-")
             engine.mkdir()
             BACKEND.build(Path(folder) / "checkpoint", {k: v for k, v in settings.items() if k.startswith("build.")}, engine)

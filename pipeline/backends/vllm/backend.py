@@ -47,6 +47,7 @@ LOAD: Mapping[str, Knob] = {
     "engine.max_num_batched_tokens": Knob(default=8192, low=16),
     "engine.gpu_memory_utilization": Knob(default=0.9, low=0.01, high=1.0),
     "engine.kv_cache_memory_mib": Knob(default=0, low=1, zero=True),
+    "engine.host_cache_gib": Knob(default=0.0),
     "engine.kv_cache_dtype": Knob(default="auto", options=("auto", "fp8")),
     "engine.enable_prefix_caching": Knob(default=True, options=(True, False)),
     "engine.prefix_caching_hash_algo": Knob(default="sha256", options=("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")),
@@ -58,7 +59,8 @@ LOAD: Mapping[str, Knob] = {
     "engine.processes": Knob(default=1, low=1, high=8),
     "serve.queue_limit": SERVE["serve.queue_limit"],
 }
-"""A pool of 0 MiB is sized by gpu_memory_utilization; any other size overrides it. Graphs are captured only where enforce_eager is off."""
+"""A pool of 0 MiB is sized by gpu_memory_utilization; any other size overrides it. Graphs are captured only where enforce_eager is off. What
+host_cache_gib holds are copies of histories: it is worth having where it is larger than the pool."""
 GET_IT = "pip install .[gpu] on a machine with a GPU; `make vllm-env` makes an interpreter with vLLM for CPUs"
 
 

@@ -33,6 +33,7 @@ _SECOND_HAND = (
     "EngineGenerateError",
     "Engine core initialization failed",
     "WorkerProc initialization failed",
+    "Worker failed with error",
     "proc died",
     "died with",
     "RuntimeError: cancelled",

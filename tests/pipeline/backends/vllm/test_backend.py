@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
@@ -92,6 +93,12 @@ def test_memory_that_is_not_there_is_the_settings_fault(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"out of memory under these settings: .*KV cache is needed"):
         load(engine, kv_cache_memory_mib=1, max_num_batched_tokens=2048)
     assert adapter._below() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a CPU")
+def test_room_beside_a_gpu_where_there_is_none_is_the_settings_fault(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"vLLM refuses these settings: engine.host_cache_gib is room beside a GPU's pages"):
+        load(built(tmp_path), host_cache_gib=0.25)
 
 
 def test_a_start_that_fails_for_another_reason_is_not_the_settings_fault(tmp_path: Path) -> None:
