@@ -1,6 +1,8 @@
 """vLLM: the engine that keeps users' histories between visits. Its knobs are its own scheduler's and cache's, mostly under vLLM's own names.
 
-Left out: more than one GPU an engine (`engine.tensor_parallel_size`), because a trial has one. On a CPU it is there to be tried and tested: its
+Left out: more than one GPU an engine (`engine.tensor_parallel_size`), because a trial has one; vLLM's `prefix_caching_hash_algo`, because it would do
+nothing: blocks are found by marks that come with the request, made in numpy for all tokens at once, instead of hashes of token ids, which cost a tenth
+of a millisecond a request in the one process that has to serve all. On a CPU it is there to be tried and tested: its
 compiler, graphs and fp8 are not searched.
 """
 
@@ -16,7 +18,6 @@ DEFAULTS: Settings = {
     "engine.max_num_seqs": 128,
     "engine.max_num_batched_tokens": 8192,
     "engine.enable_prefix_caching": True,
-    "engine.prefix_caching_hash_algo": "sha256",
     "engine.async_scheduling": False,
     "engine.tensor_parallel_size": 1,
     "serve.queue_limit": SERVE_DEFAULTS["serve.queue_limit"],
@@ -42,17 +43,6 @@ SHARED: tuple[Node, ...] = (
         why="requests a step: fewer end sooner, more fill the device; under 4 it idles between steps, over 256 the step is full of tokens before",
     ),
     Choice(name="engine.enable_prefix_caching", options=(True, False), why="hashing costs every request, and pays only if users come back in time"),
-    When(
-        knob="engine.enable_prefix_caching",
-        values=(True,),
-        then=(
-            Choice(
-                name="engine.prefix_caching_hash_algo",
-                options=("sha256", "sha256_cbor", "xxhash", "xxhash_cbor"),
-                why="hashing is a large part of the host's time; xxhash is faster, and safe where nobody makes up requests to collide",
-            ),
-        ),
-    ),
 )
 
 
@@ -77,7 +67,7 @@ def _on_cpu() -> Space:
     )
     constant: Settings = {"engine.kv_cache_dtype": "auto", "engine.quantization": "none", "engine.enforce_eager": True}
     defaults: Settings = {**DEFAULTS, **constant, "engine.kv_cache_memory_mib": 512}
-    return Space(backend="vllm", nodes=nodes, defaults=defaults, presets=({"engine.prefix_caching_hash_algo": "xxhash"},))
+    return Space(backend="vllm", nodes=nodes, defaults=defaults)
 
 
 def _on_gpu() -> Space:
@@ -140,7 +130,6 @@ def _on_gpu() -> Space:
     fast: Settings = {
         "build.precision": "bf16",
         "engine.block_size": 64,
-        "engine.prefix_caching_hash_algo": "xxhash",
         "engine.cudagraph_capture_tokens": 4096,
     }
     return Space(

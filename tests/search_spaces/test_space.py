@@ -89,7 +89,6 @@ def test_graphs_and_fp8_are_drawn_only_where_they_can_be() -> None:
         assert ("engine.cudagraph_capture_tokens" in point) != point["engine.enforce_eager"]
         assert ("engine.kv_cache_dtype" in point) == ("engine.quantization" in point) == (point["build.precision"] != "fp32")
         assert int(point.get("engine.cudagraph_capture_tokens", 0)) <= int(point["engine.max_num_batched_tokens"])
-        assert ("engine.prefix_caching_hash_algo" in point) == point["engine.enable_prefix_caching"]
 
 
 def test_a_condition_hides_its_knobs() -> None:

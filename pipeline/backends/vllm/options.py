@@ -27,7 +27,6 @@ NAMES = {
     "engine.max_model_len": "max_model_len",
     "engine.gpu_memory_utilization": "gpu_memory_utilization",
     "engine.enable_prefix_caching": "enable_prefix_caching",
-    "engine.prefix_caching_hash_algo": "prefix_caching_hash_algo",
     "engine.async_scheduling": "async_scheduling",
     "engine.enforce_eager": "enforce_eager",
     "engine.tensor_parallel_size": "tensor_parallel_size",

@@ -26,7 +26,6 @@ def test_every_setting_arrives() -> None:
     values: dict[str, Any] = {
         **SETTINGS,
         "engine.gpu_memory_utilization": 0.5,
-        "engine.prefix_caching_hash_algo": "xxhash",
         "engine.async_scheduling": True,
         "engine.tensor_parallel_size": 1,
         "engine.kv_cache_dtype": "auto",
