@@ -87,8 +87,9 @@ def test_graphs_and_fp8_are_drawn_only_where_they_can_be() -> None:
     for _ in range(100):
         point = space.draw(anywhere(rng))  # type: ignore[arg-type]
         assert ("engine.cudagraph_capture_tokens" in point) != point["engine.enforce_eager"]
-        assert ("engine.kv_cache_dtype" in point) == ("engine.quantization" in point) == (point["build.precision"] != "fp32")
-        assert int(point.get("engine.cudagraph_capture_tokens", 0)) <= int(point["engine.max_num_batched_tokens"])
+        assert ("engine.kv_cache_dtype" in point) == (point["build.precision"] != "fp32")
+        assert ("engine.quantization" in point) == (point["build.precision"] == "bf16")
+        assert ("engine.host_cache_gib" in point) == point["engine.enable_prefix_caching"]
 
 
 def test_a_condition_hides_its_knobs() -> None:
