@@ -115,7 +115,7 @@ class Space:
     nodes: tuple[Node, ...]
     """In the order they are drawn; a When names a knob before it."""
     defaults: Settings
-    """What the engine does when nobody tunes it: the baseline. Names outside the space are constants."""
+    """What the engine does when nobody tunes it: the baseline. Names outside the space are constants, unless pinned."""
     presets: tuple[Settings, ...] = ()
     """Points an expert would try first, each laid over the defaults."""
     pinned: Settings = field(default_factory=dict)
@@ -155,7 +155,7 @@ class Space:
     def draw(self, pick: Callable[[Knob], Value]) -> dict[str, Value]:
         """A full point: the constants, the pinned knobs, and `pick(knob)` for each knob that exists."""
         names = {knob.name for knob in self.knobs}
-        point: dict[str, Value] = {name: value for name, value in self.defaults.items() if name not in names}
+        point: dict[str, Value] = {name: self.pinned.get(name, value) for name, value in self.defaults.items() if name not in names}
         for node in self.nodes:
             if isinstance(node, When) and point.get(node.knob) not in node.values:
                 continue
@@ -204,18 +204,18 @@ class Space:
 
 
 def pin(spaces: Mapping[str, Space], settings: Settings) -> dict[str, Space]:
-    """Fix knobs in every engine that has them.
+    """Fix knobs and constants in every engine that has them; of a constant only the type is checked here, the engine knows what else is legal.
 
     Raises UserError where no engine knows a name, or every engine that knows it refuses the value; engines that refuse it are left out.
     """
     for name, value in settings.items():
         knowing = [space for space in spaces.values() if _knob(space, name) is not None or name in space.defaults]
         if not knowing:
-            known = sorted({knob.name for space in spaces.values() for knob in space.knobs})
+            known = sorted({name for space in spaces.values() for name in (*space.defaults, *(knob.name for knob in space.knobs))})
             raise UserError(f"settings.{name} is no knob of {', '.join(spaces)}; they have {', '.join(known)}")
         if not any(_accepts(space, name, value) for space in knowing):
-            legal = sorted({f"{knob.legal()} ({space.backend})" for space in knowing if (knob := _knob(space, name))})
-            raise UserError(f"settings.{name} takes {'; '.join(legal) or 'only its default'}, got {value!r}")
+            legal = sorted({f"{_legal(space, name)} ({space.backend})" for space in knowing})
+            raise UserError(f"settings.{name} takes {'; '.join(legal)}, got {value!r}")
     kept = {}
     for backend, space in spaces.items():
         own = {name: value for name, value in settings.items() if _knob(space, name) is not None or name in space.defaults}
@@ -231,8 +231,15 @@ def _knob(space: Space, name: str) -> Knob | None:
 
 
 def _accepts(space: Space, name: str, value: Value) -> bool:
-    knob = _knob(space, name)
-    return knob.allows(value) if knob else space.defaults.get(name) == value
+    knob, default = _knob(space, name), space.defaults.get(name)
+    return knob.allows(value) if knob else type(value) is type(default) or (type(default), type(value)) == (float, int)
+
+
+def _legal(space: Space, name: str) -> str:
+    if knob := _knob(space, name):
+        return knob.legal()
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    return f"{kinds[type(space.defaults[name])]} like its default, {space.defaults[name]}"
 
 
 def _check_name(name: str, why: str) -> None:

@@ -1,7 +1,8 @@
 """vLLM: the engine that keeps users' histories between visits. Its knobs are its own scheduler's and cache's, mostly under vLLM's own names.
 
-Left out: more than one GPU an engine (`engine.tensor_parallel_size`), because a trial has one. On a CPU it is there to be tried and tested: its
-compiler, graphs and fp8 are not searched.
+What the engine takes and no search chooses is a constant below, with its reason; a user may pin it all the same. The length of a request is the
+model's. vLLM's `prefix_caching_hash_algo` is not even that: it would do nothing, because blocks are found by marks that come with the request, worked
+out for all its tokens at once, and not by hashes of token ids, which cost a tenth of a millisecond a request in the one process that serves all.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ DEFAULTS: Settings = {
     "engine.max_num_seqs": 128,
     "engine.max_num_batched_tokens": 8192,
     "engine.enable_prefix_caching": True,
-    "engine.prefix_caching_hash_algo": "sha256",
     "engine.async_scheduling": False,
-    "engine.tensor_parallel_size": 1,
-    "serve.queue_limit": SERVE_DEFAULTS["serve.queue_limit"],
+    "engine.tensor_parallel_size": 1,  # constant: a trial has one GPU
+    "serve.queue_limit": SERVE_DEFAULTS["serve.queue_limit"],  # constant: see there
 }
 """vLLM's own where they do not depend on the machine; prefix caching, off for pooling unless asked for, is why it is used at all."""
 
@@ -27,12 +27,12 @@ SHARED: tuple[Node, ...] = (
     Choice(
         name="build.precision",
         options=("fp32", "bf16", "fp16"),
-        why="half precision halves pages and weights; fp16 keeps more digits than bf16 over less range; vLLM serves no other types of this model",
+        why="half precision halves pages and weights; fp16 keeps more digits than bf16 over less range; fp8 is a knob of pages and of products",
     ),
     Choice(
         name="engine.block_size",
         options=(16, 32, 64, 128),
-        why="only whole blocks are found again, so that small ones find more of a history; large ones are hashed and looked up fewer times",
+        why="only whole blocks are found again, so that small ones find more of a history, 16 all but 15 tokens; large ones are fewer to look up",
     ),
     Int(
         name="engine.max_num_seqs",
@@ -41,17 +41,10 @@ SHARED: tuple[Node, ...] = (
         log=True,
         why="requests a step: fewer end sooner, more fill the device; under 4 it idles between steps, over 256 the step is full of tokens before",
     ),
-    Choice(name="engine.enable_prefix_caching", options=(True, False), why="hashing costs every request, and pays only if users come back in time"),
-    When(
-        knob="engine.enable_prefix_caching",
-        values=(True,),
-        then=(
-            Choice(
-                name="engine.prefix_caching_hash_algo",
-                options=("sha256", "sha256_cbor", "xxhash", "xxhash_cbor"),
-                why="hashing is a large part of the host's time; xxhash is faster, and safe where nobody makes up requests to collide",
-            ),
-        ),
+    Choice(
+        name="engine.enable_prefix_caching",
+        options=(True, False),
+        why="looking up and keeping costs every request, and pays only if users return in time",
     ),
 )
 
@@ -62,6 +55,7 @@ def space(cores: int, gpu: bool = False) -> Space:
 
 
 def _on_cpu() -> Space:
+    """To be tried and tested: what wants a GPU is constant, `gpu_memory_utilization` and `cudagraph_capture_tokens` mean nothing."""
     nodes = (
         *SHARED,
         Choice(
@@ -75,14 +69,32 @@ def _on_cpu() -> Space:
             why="the pool of histories: a small one forgets users before they return; over 2048 a CPU is too slow to fill it in a trial",
         ),
     )
-    constant: Settings = {"engine.kv_cache_dtype": "auto", "engine.quantization": "none", "engine.enforce_eager": True}
+    constant: Settings = {
+        "engine.kv_cache_dtype": "auto",  # a CPU converts fp8 value by value
+        "engine.quantization": "none",  # and has no products of them
+        "engine.enforce_eager": True,  # compiling takes a minute a trial, and attention stays outside
+        "engine.host_cache_gib": 0,  # its pages are in the host's memory already
+        # async_scheduling, of DEFAULTS: planning a step is nothing beside computing it
+    }
     defaults: Settings = {**DEFAULTS, **constant, "engine.kv_cache_memory_mib": 512}
-    return Space(backend="vllm", nodes=nodes, defaults=defaults, presets=({"engine.prefix_caching_hash_algo": "xxhash"},))
+    return Space(backend="vllm", nodes=nodes, defaults=defaults)
 
 
 def _on_gpu() -> Space:
     nodes = (
         *SHARED,
+        When(
+            knob="engine.enable_prefix_caching",
+            values=(True,),
+            then=(
+                Choice(
+                    name="engine.host_cache_gib",
+                    options=(0, 16, 32, 64),
+                    why="histories that left the pages come back from here while others compute; one of large, 190 MiB in bf16, takes the "
+                    "link 4 ms, and 1.7 ms to compute anew, so that 0 may be best; 64 is half the memory that hosts have for each GPU",
+                ),
+            ),
+        ),
         Choice(
             name="engine.max_num_batched_tokens",
             options=(4096, 8192, 16384, 32768, 65536),
@@ -103,12 +115,18 @@ def _on_gpu() -> Space:
                 Choice(
                     name="engine.kv_cache_dtype",
                     options=("auto", "fp8"),
-                    why="pages of one byte hold twice the histories, read in half the time, at two to three digits; vLLM refuses them with fp32",
+                    why="pages of one byte hold twice the histories, read in half the time, at two to three digits; refused with fp32",
                 ),
+            ),
+        ),
+        When(
+            knob="build.precision",
+            values=("bf16",),
+            then=(
                 Choice(
                     name="engine.quantization",
                     options=("none", "fp8"),
-                    why="fp8 halves the products' time, with one scale a layer; it pays where products are what a step waits for",
+                    why="fp8 halves the products' time, with a scale a row; our kernels for it take and give bf16",
                 ),
             ),
         ),
@@ -124,28 +142,31 @@ def _on_gpu() -> Space:
             then=(
                 Choice(
                     name="engine.cudagraph_capture_tokens",
-                    options=(512, 1024, 2048, 4096),
-                    why="rows of the largest step that is a graph: a lone request has hundreds; past 4096 launches hide behind the computing",
+                    options=(512, 2048, 4096, 8192, 16384),
+                    why="steps of candidates and of whole histories have graphs up to so many rows: 512 is a few returning users, 16384 eight of "
+                    "the longest histories; without one a step's launches cost the host milliseconds, which larger steps hide behind their computing",
                 ),
             ),
         ),
     )
     defaults: Settings = {
         **DEFAULTS,
-        "engine.kv_cache_memory_mib": 0,
+        "engine.host_cache_gib": 0,
+        "engine.kv_cache_memory_mib": 0,  # constant: the pool's size, which gpu_memory_utilization says already
         "engine.gpu_memory_utilization": 0.9,
         "engine.enforce_eager": False,
         "engine.cudagraph_capture_tokens": 512,
     }
     fast: Settings = {
         "build.precision": "bf16",
-        "engine.block_size": 64,
-        "engine.prefix_caching_hash_algo": "xxhash",
-        "engine.cudagraph_capture_tokens": 4096,
+        "engine.block_size": 128,
+        "engine.max_num_batched_tokens": 32768,
+        "engine.cudagraph_capture_tokens": 8192,
     }
+    pages: Settings = {**fast, "engine.kv_cache_dtype": "fp8"}
     return Space(
         backend="vllm",
         nodes=nodes,
         defaults=defaults,
-        presets=({**fast, "engine.max_num_batched_tokens": 32768}, {**fast, "engine.async_scheduling": True}),
+        presets=(fast, pages, {**pages, "engine.quantization": "fp8"}, {**fast, "engine.async_scheduling": True}),
     )

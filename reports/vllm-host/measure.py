@@ -41,12 +41,7 @@ from pipeline.contracts import HEADS, Feature, FeatureSchema, RankingRequest, Se
 from pipeline.requests import validate  # noqa: E402
 
 USERS, USER_TOKENS, EVENTS, CANDIDATES, TOKENS = 64, 8, 1912, 128, 2048
-COMMON: Settings = {
-    "engine.max_num_seqs": 64,
-    "engine.max_num_batched_tokens": 32768,
-    "engine.kv_cache_memory_mib": 256,
-    "engine.prefix_caching_hash_algo": "xxhash",
-}
+COMMON: Settings = {"engine.max_num_seqs": 64, "engine.max_num_batched_tokens": 32768, "engine.kv_cache_memory_mib": 256}
 ENGINES: dict[str, Settings] = {
     "block 16": {"engine.block_size": 16},
     "block 64": {"engine.block_size": 64},

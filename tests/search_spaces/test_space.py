@@ -87,9 +87,9 @@ def test_graphs_and_fp8_are_drawn_only_where_they_can_be() -> None:
     for _ in range(100):
         point = space.draw(anywhere(rng))  # type: ignore[arg-type]
         assert ("engine.cudagraph_capture_tokens" in point) != point["engine.enforce_eager"]
-        assert ("engine.kv_cache_dtype" in point) == ("engine.quantization" in point) == (point["build.precision"] != "fp32")
-        assert int(point.get("engine.cudagraph_capture_tokens", 0)) <= int(point["engine.max_num_batched_tokens"])
-        assert ("engine.prefix_caching_hash_algo" in point) == point["engine.enable_prefix_caching"]
+        assert ("engine.kv_cache_dtype" in point) == (point["build.precision"] != "fp32")
+        assert ("engine.quantization" in point) == (point["build.precision"] == "bf16")
+        assert ("engine.host_cache_gib" in point) == point["engine.enable_prefix_caching"]
 
 
 def test_a_condition_hides_its_knobs() -> None:
@@ -132,6 +132,20 @@ def test_a_pin_fixes_a_knob() -> None:
     assert len(space.points()) == 1
 
 
+def test_a_pin_fixes_a_constant() -> None:
+    other = engine(backend="other", defaults={"build.precision": "fp32"})
+    pinned = pin({"engine": engine(), "other": other}, {"serve.limit": 8})
+    assert [point["serve.limit"] for point in (*pinned["engine"].points(), pinned["engine"].draw(anywhere(random.Random(4))))] == [8, 8]  # type: ignore[arg-type]
+    assert "serve.limit" not in pinned["other"].points()[0]
+
+
+def test_vllms_constants_can_be_pinned() -> None:
+    wanted = {"engine.tensor_parallel_size": 2, "engine.kv_cache_memory_mib": 40960}
+    (space,) = pin({"vllm": search_spaces.of("vllm", 2, gpu=True)}, wanted).values()
+    for point in space.points():
+        assert wanted.items() <= point.items()
+
+
 def test_a_pin_leaves_out_engines_that_refuse_it() -> None:
     other = engine(backend="other", nodes=(Choice(name="build.precision", options=("fp32",), why="no other"),), defaults={"build.precision": "fp32"})
     assert list(pin({"engine": engine(), "other": other}, {"build.precision": "int8"})) == ["engine"]
@@ -141,11 +155,12 @@ def test_a_pin_leaves_out_engines_that_refuse_it() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"serve.nonsense": 1}, "settings.serve.nonsense is no knob of engine; they have build.group, build.precision, serve.wait"),
+        ({"serve.nonsense": 1}, "settings.serve.nonsense is no knob of engine; they have build.group, build.precision, serve.limit, serve.wait"),
         ({"build.precision": "fp4"}, "settings.build.precision takes one of fp32, int8 (engine), got 'fp4'"),
         ({"serve.wait": 9.0}, "takes a number from 0 to 5 (engine), got 9.0"),
         ({"build.group": 48}, "takes a whole number from 32 to 128 in steps of 32 (engine), got 48"),
-        ({"serve.limit": 8}, "settings.serve.limit takes only its default"),
+        ({"serve.limit": 8.5}, "settings.serve.limit takes a whole number like its default, 7 (engine), got 8.5"),
+        ({"serve.limit": True}, "settings.serve.limit takes a whole number like its default, 7 (engine), got True"),
     ],
 )
 def test_a_pin_out_of_range_names_the_legal_values(settings: dict[str, Value], message: str) -> None:

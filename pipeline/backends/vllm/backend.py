@@ -50,7 +50,7 @@ LOAD: Mapping[str, Knob] = {
     "engine.host_cache_gib": Knob(default=0.0),
     "engine.kv_cache_dtype": Knob(default="auto", options=("auto", "fp8")),
     "engine.enable_prefix_caching": Knob(default=True, options=(True, False)),
-    "engine.prefix_caching_hash_algo": Knob(default="sha256", options=("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")),
+    "engine.host_cache_gib": Knob(default=0.0),
     "engine.async_scheduling": Knob(default=False, options=(True, False)),
     "engine.enforce_eager": Knob(default=False, options=(True, False)),
     "engine.cudagraph_capture_tokens": Knob(default=512, low=1, zero=True),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipeline.errors import SettingsError
 
 SMALLEST = 128
@@ -27,7 +29,6 @@ NAMES = {
     "engine.max_model_len": "max_model_len",
     "engine.gpu_memory_utilization": "gpu_memory_utilization",
     "engine.enable_prefix_caching": "enable_prefix_caching",
-    "engine.prefix_caching_hash_algo": "prefix_caching_hash_algo",
     "engine.async_scheduling": "async_scheduling",
     "engine.enforce_eager": "enforce_eager",
     "engine.tensor_parallel_size": "tensor_parallel_size",
@@ -79,15 +80,18 @@ def capture_sizes(largest: int) -> list[int]:
 
 
 def _graphs(largest: int, args: Mapping[str, Any]) -> dict[str, Any]:
-    """What is captured: on one GPU whole steps, by `inside.graphs`; else by vLLM, whose graphs leave attention out. Nothing with 0 rows."""
+    """What is captured: on one GPU whole steps, by `inside.graphs`; else by vLLM, whose graphs leave attention out. Nothing with 0 rows.
+
+    No step has more rows than max_num_batched_tokens, so nothing is captured beyond; what was asked for goes along, to be read back.
+    """
     if largest < 0:
         raise SettingsError(f"engine.cudagraph_capture_tokens is 0, for no graphs, or the rows of the largest, got {largest}")
-    largest = min(largest, int(args.get("max_num_batched_tokens", largest)))
+    asked, largest = {"capture_tokens": largest}, min(largest, int(args.get("max_num_batched_tokens", largest)))
     if args.get("tensor_parallel_size", 1) > 1:
         pieces = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": capture_sizes(largest)} if largest else {"cudagraph_mode": "NONE"}
-        return {"compilation_config": pieces}
+        return {"compilation_config": pieces, "additional_config": asked}
     eager = bool(args.get("enforce_eager")) or not largest
-    return {"enforce_eager": True, "additional_config": {} if eager else {"capture": capture_sizes(largest)}}
+    return {"enforce_eager": True, "additional_config": {} if eager else {**asked, "capture": capture_sizes(largest)}}
 
 
 def host_tier(gib: float, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,6 +104,8 @@ def host_tier(gib: float, args: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not gib:
         return {}
+    if (free := psutil.virtual_memory().available / GIB) < gib:
+        raise SettingsError(f"engine.host_cache_gib={gib:g} is more than the {free:.1f} GiB of the host's memory that are free; ask for less")
     home = {"kv_connector": "HistoryTier", "kv_connector_module_path": "pipeline.backends.vllm.inside.tier", "kv_role": "kv_both"}
     return {**home, "kv_connector_extra_config": {"cpu_bytes_to_use": int(gib * GIB)}}
 

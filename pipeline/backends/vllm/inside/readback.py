@@ -33,7 +33,7 @@ def settings(config: Any, caches: list[torch.Tensor]) -> dict[str, Any]:
         "engine.async_scheduling": bool(found["engine.async_scheduling"]),
         "engine.kv_cache_memory_mib": (cache.kv_cache_memory_bytes or 0) // MIB,
         "engine.host_cache_gib": tier.kv_connector_extra_config["cpu_bytes_to_use"] / GIB if tier else 0,
-        "engine.cudagraph_capture_tokens": max(graphs or (0,)),
+        "engine.cudagraph_capture_tokens": reach(max(graphs or (0,)), config),
         "engine.quantization": "fp8" if config.additional_config.get("fp8") else model.quantization or "none",
         "engine.cudagraph_mode": compilation.cudagraph_mode.name if compilation.cudagraph_mode is not None else "NONE",
         "engine.compilation": compilation.mode.name if compilation.mode is not None else "NONE",
@@ -43,6 +43,12 @@ def settings(config: Any, caches: list[torch.Tensor]) -> dict[str, Any]:
         "engine.kv_capacity_tokens": pages.shape[0] * pages.shape[2],
         "engine.kv_page_dtype": str(pages.dtype).removeprefix("torch."),
     }
+
+
+def reach(rows: int, config: Any) -> int:
+    """Rows up to which steps have graphs, `rows` being those of the largest: as many as were asked for, where no step is larger."""
+    every = rows == config.scheduler_config.max_num_batched_tokens
+    return max(rows, int(config.additional_config.get("capture_tokens", 0))) if every else rows
 
 
 def compilations() -> int:
@@ -80,7 +86,8 @@ class ToldWorker(MtgrWorker):
         self.compiled = compilations()
         found = settings(self.vllm_config, self.model_runner.kv_caches)
         if self.captured:  # by us; vLLM is told to leave it
-            found |= {"engine.enforce_eager": False, "engine.cudagraph_capture_tokens": self.captured[-1].rows, "engine.cudagraph_mode": "STEP"}
+            found |= {"engine.enforce_eager": False, "engine.cudagraph_mode": "STEP"}
+            found["engine.cudagraph_capture_tokens"] = reach(self.captured[-1].rows, self.vllm_config)
         return found
 
     def counts(self) -> dict[str, float]:

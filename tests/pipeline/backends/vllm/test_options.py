@@ -26,7 +26,6 @@ def test_every_setting_arrives() -> None:
     values: dict[str, Any] = {
         **SETTINGS,
         "engine.gpu_memory_utilization": 0.5,
-        "engine.prefix_caching_hash_algo": "xxhash",
         "engine.async_scheduling": True,
         "engine.tensor_parallel_size": 1,
         "engine.kv_cache_dtype": "auto",
@@ -57,7 +56,7 @@ def test_captured_sizes_waste_little() -> None:
 def test_graphs_reach_no_further_than_steps() -> None:
     pytest.importorskip("vllm", reason="vllm is not installed")
     settings = {"engine.cudagraph_capture_tokens": 8192, "engine.max_num_batched_tokens": 300}
-    assert engine_args(FOLDER, settings)["additional_config"] == {"capture": capture_sizes(300)}
+    assert engine_args(FOLDER, settings)["additional_config"] == {"capture": capture_sizes(300), "capture_tokens": 8192}
     for off in ({"engine.cudagraph_capture_tokens": 0}, {**settings, "engine.enforce_eager": True}):
         assert engine_args(FOLDER, off)["additional_config"] == {}
     assert "additional_config" not in engine_args(FOLDER, {})
@@ -97,6 +96,7 @@ def test_the_type_is_named_and_never_left_to_vllm(precision: str) -> None:
         ({"engine.block_size": 8}, "block_size is a multiple of 16"),
         ({"engine.host_cache_gib": -1, "engine.enable_prefix_caching": True}, "host_cache_gib is 0"),
         ({"engine.host_cache_gib": 8}, "keeps what prefix caching finds again"),
+        ({"engine.host_cache_gib": 2**20, "engine.enable_prefix_caching": True}, "is more than the .* GiB of the host's memory that are free"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], rule: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ def test_returning_users_alone_and_together(engine: Engine) -> None:
         for some in ([user] for user in users):
             assert worst(engine, some) < TOLERANCE
         assert worst(engine, users) < TOLERANCE
+
+
+def test_graphs_of_all_steps_are_as_many_as_were_asked_for(engine: Engine) -> None:
+    """Of steps of up to 256 rows: 128 are 128, and 256 are 4096."""
+    from pipeline.backends.vllm.inside.readback import reach
+
+    config = engine.llm.llm_engine.vllm_config
+    told = engine.llm.collective_rpc("read_back")[0]["engine.cudagraph_capture_tokens"]
+    assert told == (CAPTURED[-1] if config.additional_config["capture"] else 0)
+    config = replace(config, additional_config={"capture_tokens": 4096})
+    assert (reach(256, config), reach(128, config)) == (4096, 128)
 
 
 def test_which_steps_take_a_graph(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
