@@ -19,9 +19,13 @@ DEFAULTS: Settings = {
     "engine.enable_prefix_caching": True,
     "engine.async_scheduling": False,
     "engine.tensor_parallel_size": 1,  # constant: a trial has one GPU
+    "engine.processes": 1,
     "serve.queue_limit": SERVE_DEFAULTS["serve.queue_limit"],  # constant: see there
 }
 """vLLM's own where they do not depend on the machine; prefix caching, off for pooling unless asked for, is why it is used at all."""
+
+CORES = 3
+"""Of the host for each of several engines: its front end, its own, and a part of who sends."""
 
 SHARED: tuple[Node, ...] = (
     Choice(
@@ -50,8 +54,8 @@ SHARED: tuple[Node, ...] = (
 
 
 def space(cores: int, gpu: bool = False) -> Space:
-    """The engine's knobs with or without a GPU; `cores` play no part: vLLM binds its own threads."""
-    return _on_gpu() if gpu else _on_cpu()
+    """The engine's knobs with or without a GPU; `cores` bound the processes beside one GPU."""
+    return _on_gpu(cores) if gpu else _on_cpu()
 
 
 def _on_cpu() -> Space:
@@ -74,13 +78,15 @@ def _on_cpu() -> Space:
         "engine.quantization": "none",  # and has no products of them
         "engine.enforce_eager": True,  # compiling takes a minute a trial, and attention stays outside
         "engine.host_cache_gib": 0,  # its pages are in the host's memory already
+        # engine.processes: there is nothing to divide that one engine does not fill
         # async_scheduling, of DEFAULTS: planning a step is nothing beside computing it
     }
     defaults: Settings = {**DEFAULTS, **constant, "engine.kv_cache_memory_mib": 512}
     return Space(backend="vllm", nodes=nodes, defaults=defaults)
 
 
-def _on_gpu() -> Space:
+def _on_gpu(cores: int) -> Space:
+    processes = tuple(number for number in (1, 2, 3, 4) if number == 1 or number * CORES <= cores)
     nodes = (
         *SHARED,
         When(
@@ -131,6 +137,12 @@ def _on_gpu() -> Space:
             ),
         ),
         Choice(
+            name="engine.processes",
+            options=processes,
+            why="a front end hands over 1,500 to 2,500 requests a second, which returning users are ranked faster than; each is a front end and an "
+            "engine on a core of its own, with its part of the pool, and the GPU serves them by turns",
+        ),
+        Choice(
             name="engine.async_scheduling", options=(False, True), why="the next step is planned while one computes; vLLM leaves it off for pooling"
         ),
         Choice(
@@ -168,5 +180,11 @@ def _on_gpu() -> Space:
         backend="vllm",
         nodes=nodes,
         defaults=defaults,
-        presets=(fast, pages, {**pages, "engine.quantization": "fp8"}, {**fast, "engine.async_scheduling": True}),
+        presets=(
+            fast,
+            {**fast, "engine.processes": max(number for number in processes if number < 4)},
+            pages,
+            {**pages, "engine.quantization": "fp8"},
+            {**fast, "engine.async_scheduling": True},
+        ),
     )

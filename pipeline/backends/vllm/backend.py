@@ -50,7 +50,6 @@ LOAD: Mapping[str, Knob] = {
     "engine.host_cache_gib": Knob(default=0.0),
     "engine.kv_cache_dtype": Knob(default="auto", options=("auto", "fp8")),
     "engine.enable_prefix_caching": Knob(default=True, options=(True, False)),
-    "engine.host_cache_gib": Knob(default=0.0),
     "engine.async_scheduling": Knob(default=False, options=(True, False)),
     "engine.enforce_eager": Knob(default=False, options=(True, False)),
     "engine.cudagraph_capture_tokens": Knob(default=512, low=1, zero=True),
@@ -128,7 +127,7 @@ BACKEND = Vllm()
 def _several(folder: Path, settled: Settings, built: engine.EngineFile) -> Processes:
     memory = sum(device.memory_total_mib for device in gpu.read()[:1])
     weights = sum(path.stat().st_size for path in (folder / SERVED).iterdir()) / 2**20
-    whole = ("engine.gpu_memory_utilization", "engine.kv_cache_memory_mib", "serve.queue_limit")
+    whole = ("engine.gpu_memory_utilization", "engine.kv_cache_memory_mib", "engine.host_cache_gib", "serve.queue_limit")
     return Processes(
         Task(__name__, folder, divided(settled, memory, weights)),
         int(settled["engine.processes"]),

@@ -29,7 +29,7 @@ from tests.factories import SCHEMA, random_request
 from tests.model.lively import lively_model
 from tests.pipeline.backends.vllm.engines import TINY
 
-WHOLE: Settings = {"engine.processes": 2, "engine.gpu_memory_utilization": 0.9, "engine.kv_cache_memory_mib": 0}
+WHOLE: Settings = {"engine.processes": 2, "engine.gpu_memory_utilization": 0.9, "engine.kv_cache_memory_mib": 0, "engine.host_cache_gib": 6.0}
 EAGER = "pipeline.backends.eager"
 
 
@@ -175,7 +175,7 @@ def test_memory_is_divided(changes: Settings, gpu: float, pages: int) -> None:
     one = divided({**WHOLE, **changes, "engine.block_size": 16}, gpu, 600)
     number = int({**WHOLE, **changes}["engine.processes"])
     assert one["engine.kv_cache_memory_mib"] == pages
-    assert one["engine.gpu_memory_utilization"] == round(0.9 / number, 4)
+    assert (one["engine.gpu_memory_utilization"], one["engine.host_cache_gib"]) == (round(0.9 / number, 4), 6 / number)
     assert (one["engine.processes"], one["engine.block_size"]) == (1, 16)
 
 
