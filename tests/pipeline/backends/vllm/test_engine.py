@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 """Of a probability, in fp32; measured 2e-7."""
 
 
-@pytest.fixture(scope="module", params=[16, 32])
+@pytest.fixture(scope="module", params=[pytest.param(16, marks=pytest.mark.smoke), 32])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     with open_engine(tmp_path_factory.mktemp("engine"), block_size=request.param) as opened:
         yield opened

@@ -19,6 +19,7 @@ from tests.pipeline.backends.vllm.engines import SETTINGS, TINY
 FOLDER = Path("served")
 
 
+@pytest.mark.smoke
 def test_every_setting_arrives() -> None:
     pytest.importorskip("vllm", reason="vllm is not installed")
     from vllm.engine.arg_utils import EngineArgs

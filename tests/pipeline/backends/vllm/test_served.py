@@ -25,6 +25,8 @@ from pipeline.trial import ignored
 from tests.factories import jagged_requests, random_request
 from tests.model.lively import lively_model
 
+pytestmark = pytest.mark.smoke
+
 CONFIG = ModelConfig(d_model=64, layers=2, heads=2, max_seq_len=512, scaling_seqlen=512, embedding_dim=16)
 
 

@@ -24,6 +24,8 @@ from pipeline.contracts import RankingRequest
 from tests.factories import random_request
 from tests.pipeline.backends.vllm.engines import Engine, open_engine
 
+pytestmark = pytest.mark.smoke
+
 RIGHT, WRONG = 1e-4, 1e-3
 FP8 = 3e-2
 """Of a score whose history has keys and values of three bits, beside bf16."""
