@@ -1,7 +1,8 @@
 """vLLM: the engine that keeps users' histories between visits. Its knobs are its own scheduler's and cache's, mostly under vLLM's own names.
 
-Left out: more than one GPU an engine (`engine.tensor_parallel_size`), because a trial has one. On a CPU it is there to be tried and tested: its
-compiler, graphs and fp8 are not searched.
+Left out: more than one GPU an engine (`engine.tensor_parallel_size`), because a trial has one; histories in the host's memory
+(`engine.host_cache_gib`), which by reports/vllm-cache take longer to fetch than to compute again. On a CPU the engine is there to be tried and
+tested: its compiler, graphs and fp8 are not searched.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ DEFAULTS: Settings = {
     "engine.prefix_caching_hash_algo": "sha256",
     "engine.async_scheduling": False,
     "engine.tensor_parallel_size": 1,
+    "engine.host_cache_gib": 0.0,
     "serve.queue_limit": SERVE_DEFAULTS["serve.queue_limit"],
 }
 """vLLM's own where they do not depend on the machine; prefix caching, off for pooling unless asked for, is why it is used at all."""
