@@ -60,7 +60,7 @@ scale = Scale()
 TINY = Scale("tiny", 256, 32, 16, (4, 8), 0.5, 0.5, 20, 1.0, (0.5,))
 
 COMMON: Row = {"build.precision": "bf16", "engine.max_num_seqs": 64, "engine.prefix_caching_hash_algo": "xxhash", "engine.block_size": 128}
-GRAPHS: Row = {"engine.max_num_batched_tokens": 32768, "engine.cudagraph_capture_tokens": 4096}
+GRAPHS: Row = {"engine.max_num_batched_tokens": 32768, "engine.cudagraph_capture_tokens": 8192}
 POOL: Row = {"engine.kv_cache_memory_mib": 16384}
 ENGINES: dict[str, Row] = {
     "defaults": {"build.precision": "bf16"},

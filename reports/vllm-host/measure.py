@@ -2,9 +2,10 @@
 
     python reports/vllm-host/measure.py [--requests 3000]
 
-Requests are those of the large size, 1,920 of 2,048 tokens cached, 64 at a time. The first table is of the two processes that serve, as the system
-counts their CPU time; the load generator's is the front end's. The second is of single calls, the best of twenty, in this process. A process serves
-no more requests a second than a million divided by its microseconds. On a GPU the engine's process also launches, and waits without computing.
+Requests are those of the large size, 1,920 of 2,048 tokens cached, 64 at a time. The first table is of the processes that serve, as the system
+counts their CPU time; the load generator's is the front end's. vLLM for CPUs has its core and its worker in two processes, and messages between them;
+on one GPU they are one, which also launches, and waits without computing. A process serves no more requests a second than a million divided by
+its microseconds. The second table is of single calls, the best of twenty, in this process.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from model.network import MTGR  # noqa: E402
 from pipeline.backends.vllm import options  # noqa: E402
 from pipeline.backends.vllm.backend import BACKEND  # noqa: E402
 from pipeline.backends.vllm.payload import KEY, decode, encode  # noqa: E402
-from pipeline.backends.vllm.step import plan  # noqa: E402
+from pipeline.backends.vllm.step import plan, rooms  # noqa: E402
 from pipeline.contracts import HEADS, Feature, FeatureSchema, RankingRequest, Session, Settings  # noqa: E402
 from pipeline.requests import validate  # noqa: E402
 
@@ -100,21 +101,30 @@ def answered(session: Session, asked: Sequence[RankingRequest], count: int, at_o
         future.result(60)
 
 
+def used() -> list[float]:
+    """CPU seconds of this process, of vLLM's core and of its worker."""
+    mine = psutil.Process()
+    below = [child for child in mine.children(recursive=True) if child.name().startswith("VLLM")]
+    named = {child.name(): sum(child.cpu_times()[:2]) for child in below}
+    core, worker = (sum(took for name, took in named.items() if word in name) for word in ("Core", "Worker"))
+    return [sum(mine.cpu_times()[:2]), core, worker]
+
+
 def processes(name: str, folder: Path, settings: Settings, count: int) -> str:
     """A line of the first table."""
     asked = requests()
     session = BACKEND.load(folder, {**COMMON, **settings})
     try:
         answered(session, asked, 2 * len(asked), at_once=8)
-        mine = psutil.Process()
-        inside = max(mine.children(recursive=True), key=lambda child: sum(child.cpu_times()[:2]))
-        found, start, before = session.counters(), time.perf_counter(), [sum(p.cpu_times()[:2]) for p in (mine, inside)]
+        found, start, before = session.counters(), time.perf_counter(), used()
         answered(session, asked, count)
-        took, after = time.perf_counter() - start, [sum(p.cpu_times()[:2]) for p in (mine, inside)]
+        took, after = time.perf_counter() - start, used()
         told = {key: value - found[key] for key, value in session.counters().items()}
-        front, engine = (1e6 * (late - early) / count for late, early in zip(after, before, strict=True))
+        costs = [1e6 * (late - early) / count for late, early in zip(after, before, strict=True)]
         cached = told["cached_tokens"] / told["history_tokens"]
-        return f"{name:20} {front:8.0f} {engine:8.0f} {cached:8.2f} {told['requests'] / told['batches']:8.1f} {count / took:8.0f}"
+        return "".join(
+            [f"{name:20}", *(f"{cost:9.0f}" for cost in costs), f"{cached:9.2f}{told['requests'] / told['batches']:9.1f}{count / took:9.0f}"]
+        )
     finally:
         session.close()
 
@@ -151,7 +161,7 @@ def parts() -> dict[str, float]:
         outputs=[EngineCoreOutput(request_id=r.request_id, new_token_ids=[], pooling_output=torch.rand(CANDIDATES, 4)) for r in sent]
     )
     outputs_in, answer, hasher = MsgpackDecoder(EngineCoreOutputs), encoder.encode(outputs), history_hasher(128)
-    cpu, sizes = torch.device("cpu"), tuple(options.capture_sizes(8192))
+    cpu, graphs = torch.device("cpu"), rooms(options.capture_sizes(8192))
     history, ready = TOKENS - CANDIDATES, [CANDIDATES] * len(asked)
     calls: dict[str, tuple[int, Callable[[], object]]] = {
         "front: validate": (32, lambda: [validate(r, shape, TOKENS) for r in asked]),
@@ -162,8 +172,8 @@ def parts() -> dict[str, float]:
         "engine: read request": (32, lambda: [requests_in.decode(bytes_) for bytes_ in wire]),
         "engine: make it vLLM's": (32, lambda: [Request.from_engine_core_request(r, hasher) for r in sent]),
         "engine: decode payload": (32, lambda: [decode(p.payload) for p in prompts]),
-        "engine: plan a step of 32": (32, lambda: plan(known, [history] * len(asked), ready, cpu, sizes=sizes)),
-        "engine: plan a step of 1": (1, lambda: plan(known[:1], [history], ready[:1], cpu, sizes=sizes)),
+        "engine: plan a step of 32": (32, lambda: plan(known, [history] * len(asked), ready, cpu, graphs=graphs)),
+        "engine: plan a step of 1": (1, lambda: plan(known[:1], [history], ready[:1], cpu, graphs=graphs)),
         "engine: serialise scores": (32, lambda: encoder.encode(outputs)),
     }
     return {name: best(call) / share for name, (share, call) in calls.items()}
@@ -181,12 +191,12 @@ def best(call: Callable[[], object]) -> float:
 
 def main() -> None:
     count = int(sys.argv[sys.argv.index("--requests") + 1]) if "--requests" in sys.argv else 3000
-    options.FIXED |= {"worker_cls": "stub.StubWorker", "distributed_executor_backend": "uni"}  # one process, as on one GPU
+    options.FIXED["worker_cls"] = "stub.StubWorker"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         checkpoint.save(folder / "checkpoint", MTGR(replace(SIZES["tiny"], layers=1, max_seq_len=TOKENS), schema()))
         BACKEND.build(folder / "checkpoint", {}, folder / "engine")
-        print(f"{'CPU us a request':20} {'front':>8} {'engine':>8} {'found':>8} {'a step':>8} {'a second':>8}")
+        print(f"{'CPU us a request':20}" + "".join(f"{word:>9}" for word in ("front", "core", "worker", "found", "a step", "a second")))
         for name, settings in ENGINES.items():
             print(processes(name, folder / "engine", settings, count), flush=True)
     print(f"\n{'us a request, one call':34}")

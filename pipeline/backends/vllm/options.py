@@ -67,7 +67,7 @@ def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) 
 def capture_sizes(largest: int) -> list[int]:
     """Rows of the steps that are captured as CUDA graphs, up to `largest`; other steps are padded to the next size.
 
-    From SMALLEST on, eight sizes an octave: padding is a sixteenth on average, and 8,192 rows take 53 graphs, seconds of startup. A step larger than
+    From SMALLEST on, eight sizes an octave: padding is a sixteenth on average, and 8,192 rows take 53 sizes, seconds of startup. A step larger than
     the last runs without a graph: it keeps the device busy for longer than its launches take.
     """
     sizes = {16, 32, 64, 96, largest}

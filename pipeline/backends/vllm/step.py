@@ -26,6 +26,8 @@ Ints = NDArray[np.int32]
 
 SMALL = 4096
 """Rows up to which query tiles of 64 rows are faster than of 128: larger ones do not fill the chip (reports/h200-kernels)."""
+WHOLE = 256
+"""Rows from which on steps of whole histories have graphs of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,27 +61,36 @@ class Room:
         }
 
 
-def room_of(size: int) -> Room:
-    """Of the graph of up to `size` rows: for steps of mostly candidates, as they are when histories are cached.
+def rooms(sizes: Sequence[int]) -> tuple[Room, ...]:
+    """Of the graphs of up to `sizes` (ascending) rows, the smallest first.
 
-    Half as many events as rows: `plan` leaves other steps, which have long histories to compute, without a graph. They keep the device busy anyway.
+    One of each size is for steps of candidates, as they are when histories are cached, with up to half as many events. From WHOLE rows on, every
+    other size is also there for steps of whole histories, with up to half as many candidates. Those have most of their candidates' room empty,
+    which costs a part of the last layer.
     """
-    requests, tiles = max(1, size // 32), max(4, size // 16)
-    return Room(rows=size, requests=requests, events=size // 2, candidates=size, tiles=tiles, candidate_tiles=tiles)
+    whole = [size for size in sizes if size >= WHOLE]
+    found = [_room(size, events=size // 2, candidates=size) for size in sizes]
+    found += [_room(size, events=size, candidates=size // 2) for size in {*whole[::2], *whole[-1:]}]
+    return tuple(sorted(found, key=lambda room: (room.rows, room.candidates)))
+
+
+def _room(rows: int, events: int, candidates: int) -> Room:
+    tiles = max(4, rows // 16)
+    return Room(rows=rows, requests=max(1, rows // 32), events=events, candidates=candidates, tiles=tiles, candidate_tiles=tiles)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
     """B requests; T rows, C of them candidates, E events that make rows. Tensors are int32 but for cross, and lie on one device.
 
-    Those of a step with a `size` are longer: its graph's.
+    Those of a step with a `room` are longer: its graph's.
     """
 
     history: list[int]  # B: tokens whose keys are in the pages once the step has written its own
     rows: list[int]  # B: history tokens that are rows
     candidates: list[int]  # B
     block: int  # rows of a query tile
-    size: int  # rows of the graph this step runs as, 0: of none
+    room: Room | None  # of the graph this step runs as
     flat: Tensor  # int32: all that follows
     user_ids: Tensor  # [B, n_u]
     event_ids: Tensor  # [E, event columns]
@@ -101,11 +112,11 @@ def plan(
     device: torch.device,
     *,
     dynamic: bool = True,
-    sizes: Sequence[int] = (),
+    graphs: Sequence[Room] = (),
 ) -> Step:
     """The step that computes `scheduled` tokens of each request after the first `computed`. `dynamic` False makes the history causal.
 
-    It takes the room of the smallest of the graphs' `sizes` (ascending) that holds it, if there is one. Raises RuntimeError for a step that leaves
+    It takes the room of the first of the `graphs` (as of `rooms`) that holds it, if there is one. Raises RuntimeError for a step that leaves
     part of a request, or begins behind its history: its scores would be wrong.
     """
     lengths = [p.lengths for p in parts]
@@ -120,12 +131,9 @@ def plan(
         )
     rows, skipped = history - found, np.maximum(found - user, 0)
     events, start = static + realtime - skipped, _before(asked)
-    room = needed = _needed(rows, offered, events)
-    size = next((size for size in sizes if size >= needed.rows), 0)
-    if size and (held := _held(rows, offered, events, room_of(size))):
-        room = held
-    else:
-        size = 0
+    needed = _needed(rows, offered, events)
+    held = next((graph for graph in graphs if graph.rows >= needed.rows and _holds(graph, rows, offered, events)), None)
+    room = held or needed
     number = np.arange(asked.sum(), dtype=np.int32)
     # A request is four runs of tokens, less what was computed before: each is of one kind, and its sources count up.
     ends = np.stack([user, known, history, history + offered], axis=1)
@@ -156,7 +164,7 @@ def plan(
     shapes = room.shapes((lengths[0].user, lengths[0].event_columns, lengths[0].candidate_columns, lengths[0].cross_columns))
     flat = _sent(arrays, shapes, device)
     return Step(
-        history=history.tolist(), rows=rows.tolist(), candidates=offered.tolist(), block=room.block, size=size, flat=flat, **views(flat, shapes)
+        history=history.tolist(), rows=rows.tolist(), candidates=offered.tolist(), block=room.block, room=held, flat=flat, **views(flat, shapes)
     )  # fmt: skip
 
 
@@ -170,11 +178,10 @@ def _needed(rows: Ints, offered: Ints, events: Ints, block: int | None = None) -
     )  # fmt: skip
 
 
-def _held(rows: Ints, offered: Ints, events: Ints, room: Room) -> Room | None:
-    """`room` if it holds the step."""
+def _holds(room: Room, rows: Ints, offered: Ints, events: Ints) -> bool:
+    """Whether the step fits."""
     needed = _needed(rows, offered, events, room.block)
-    fits = needed.requests <= room.requests and needed.events <= room.events and needed.tiles <= room.tiles
-    return room if fits and 2 * needed.candidates >= needed.rows else None
+    return all(getattr(needed, part) <= getattr(room, part) for part in ("requests", "events", "candidates", "tiles", "candidate_tiles"))
 
 
 def words(shapes: dict[str, tuple[int, ...]]) -> int:

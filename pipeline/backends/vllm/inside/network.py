@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 
 from pipeline.backends.vllm.inside.attention import describe
 from pipeline.backends.vllm.payload import KEY, lengths_of
-from pipeline.backends.vllm.step import Step
+from pipeline.backends.vllm.step import Room, Step
 from pipeline.contracts import HEADS
 
 
@@ -53,19 +53,19 @@ class MtgrForRanking(nn.Module):
         """Not how tokens are made here: ids only name them. vLLM looks for the method all the same."""
         return torch.zeros(len(input_ids), self.config.d_model, device=input_ids.device)
 
-    def capture(self, table: Tensor, slots: Tensor, sizes: Sequence[int]) -> None:
-        """Make CUDA graphs of steps of up to these `sizes` in rows; `table` and `slots` are the runner's own, whole."""
+    def capture(self, table: Tensor, slots: Tensor, rooms: Sequence[Room]) -> None:
+        """Make CUDA graphs of steps of these `rooms`; `table` and `slots` are the runner's own, whole."""
         from pipeline.backends.vllm.inside.graphs import StepGraphs
         from pipeline.backends.vllm.inside.paged import PagedNetwork
 
         assert isinstance(self.network, PagedNetwork), "graphs are of the kernels' network"
-        self.graphs = StepGraphs(self.network.score, table, slots, sizes, self.network.columns)
+        self.graphs = StepGraphs(self.network.score, table, slots, rooms, self.network.columns)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None, step: Step | None = None
     ) -> Tensor:
         """[C, heads] float32 probabilities of the step's candidates; in a profiling run, without a step, something for every row."""
-        if step is not None and step.size:
+        if step is not None and step.room:
             return self.graphs.score(step)
         if not self.kernels:
             describe(step)

@@ -116,11 +116,11 @@ class PagedNetwork(nn.Module):
         return self.score(dry, Pages(nowhere, torch.zeros(rows, dtype=torch.int64, device=dry.flat.device))).zero_()
 
 
-def dry_step(room: Room, columns: tuple[int, ...], device: torch.device, flat: Tensor | None = None, size: int = 0) -> Step:
+def dry_step(room: Room, columns: tuple[int, ...], device: torch.device, flat: Tensor | None = None) -> Step:
     """A step of `room` in which nothing is done, for profiling and capture; perhaps within `flat`."""
     shapes = room.shapes(columns)
     flat = torch.empty(words(shapes), dtype=torch.int32, device=device) if flat is None else flat
     flat.zero_()
     arrays = views(flat, shapes)
     arrays["kind"].fill_(CANDIDATE)
-    return Step(history=[], rows=[], candidates=[], block=room.block, size=size, flat=flat, **arrays)
+    return Step(history=[], rows=[], candidates=[], block=room.block, room=None, flat=flat, **arrays)

@@ -80,7 +80,7 @@ class ToldWorker(MtgrWorker):
         self.compiled = compilations()
         found = settings(self.vllm_config, self.model_runner.kv_caches)
         if self.captured:  # by us; vLLM is told to leave it
-            found |= {"engine.enforce_eager": False, "engine.cudagraph_capture_tokens": max(self.captured), "engine.cudagraph_mode": "STEP"}
+            found |= {"engine.enforce_eager": False, "engine.cudagraph_capture_tokens": self.captured[-1].rows, "engine.cudagraph_mode": "STEP"}
         return found
 
     def counts(self) -> dict[str, float]:

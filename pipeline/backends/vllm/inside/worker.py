@@ -12,7 +12,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from pipeline.backends.vllm.payload import KEY, decode
-from pipeline.backends.vllm.step import plan
+from pipeline.backends.vllm.step import Room, plan, rooms
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -26,22 +26,22 @@ class MtgrWorker(Worker):
     def init_device(self) -> None:
         super().init_device()
         runner = self.model_runner
-        self.captured: tuple[int, ...] = ()
+        self.captured: tuple[Room, ...] = ()
         runner._init_model_kwargs = lambda *_: step_of(runner, self.captured)
 
     def compile_or_warm_up_model(self) -> Any:
         """And capture steps: by now the pages have their place."""
         times = super().compile_or_warm_up_model()
-        sizes = tuple(self.vllm_config.additional_config.get("capture", ()))
-        if sizes and self.model_runner.get_model().kernels:
+        captured = rooms(self.vllm_config.additional_config.get("capture", ()))
+        if captured and self.model_runner.get_model().kernels:
             batch = self.model_runner.input_batch.block_table[0]
-            self.model_runner.get_model().capture(batch.block_table.gpu, batch.slot_mapping.gpu, sizes)
-            self.captured = sizes
+            self.model_runner.get_model().capture(batch.block_table.gpu, batch.slot_mapping.gpu, captured)
+            self.captured = captured
         return times
 
 
-def step_of(runner: Any, sizes: tuple[int, ...] = ()) -> dict[str, Any]:
-    """{'step': Step} of the requests the runner is about to compute, in a graph of `sizes`; nothing in a profiling run, which has none."""
+def step_of(runner: Any, graphs: tuple[Room, ...] = ()) -> dict[str, Any]:
+    """{'step': Step} of the requests the runner is about to compute, perhaps in one of the `graphs`; nothing in a profiling run, which has none."""
     batch = runner.input_batch
     count = batch.num_reqs
     if not count:
@@ -51,4 +51,4 @@ def step_of(runner: Any, sizes: tuple[int, ...] = ()) -> dict[str, Any]:
     ends = runner.query_start_loc.np[: count + 1].tolist()
     scheduled = [end - begin for begin, end in pairwise(ends)]
     dynamic = runner.model_config.hf_config.network.dynamic_mask
-    return {"step": plan([decode(payload) for payload in payloads], computed, scheduled, runner.device, dynamic=dynamic, sizes=sizes)}
+    return {"step": plan([decode(payload) for payload in payloads], computed, scheduled, runner.device, dynamic=dynamic, graphs=graphs)}

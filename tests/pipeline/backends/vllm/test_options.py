@@ -37,6 +37,7 @@ def test_every_setting_arrives() -> None:
     for name, own in NAMES.items():
         assert getattr(args, own) == values[name], name
     assert (args.model, args.dtype, args.kv_cache_memory_bytes) == ("served", "bfloat16", 32 * 2**20)
+    assert args.quantization is None  # the kernels' affair, told by additional_config
     assert args.enable_chunked_prefill is False
     assert args.runner == "pooling"
     assert args.additional_config == {"fp8": True}  # and no graphs: SETTINGS enforce eager

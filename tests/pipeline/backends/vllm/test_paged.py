@@ -53,16 +53,22 @@ def test_returning_users_alone_and_together(engine: Engine) -> None:
         assert worst(engine, users) < TOLERANCE
 
 
-def test_a_small_step_of_candidates_takes_a_graph_and_no_other(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_steps_take_a_graph(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     model = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
     if model.graphs is None:
         pytest.skip("of graphs")
     taken: list[int] = []
     score = model.graphs.score
-    monkeypatch.setattr(model.graphs, "score", lambda step: taken.append(step.size) or score(step))
+    monkeypatch.setattr(model.graphs, "score", lambda step: taken.append(step.room.rows) or score(step))
     rng = np.random.default_rng(2)
     user = random_request(rng, static=30, realtime=34, candidates=20)
-    for later, sizes in ((user, []), (user, [32]), (grown(rng, user, 0, 100), [128]), (grown(rng, user, 60, 20), []), (grown(rng, user, 0, 140), [])):
+    for later, sizes in (
+        (user, [128]),
+        (user, [32]),
+        (grown(rng, user, 0, 100), [128]),
+        (grown(rng, user, 99, 20), []),
+        (grown(rng, user, 0, 140), []),
+    ):
         taken.clear()
         assert worst(engine, [later]) < TOLERANCE
         assert taken == sizes

@@ -10,7 +10,7 @@ from model.jagged import pack_jagged
 from model.kernels import reference
 from model.kernels.tiles import ROWS
 from pipeline.backends.vllm.payload import Parts, decode, encode
-from pipeline.backends.vllm.step import SMALL, Room, Step, plan, room_of
+from pipeline.backends.vllm.step import SMALL, Step, plan, rooms
 from pipeline.contracts import RankingRequest
 from tests.factories import jagged_requests, random_request
 from tests.model.kernels.cases import DEVICE, TOLERANCE, distance
@@ -81,10 +81,12 @@ def test_a_step_in_the_room_of_a_graph_is_the_same_and_nothing_more() -> None:
     requests = [random_request(rng, static=30, realtime=10, candidates=c) for c in (40, 70)]
     computed = [40, 32]
     plain, roomy = (
-        plan(parts_of(requests), computed, [r.tokens - c for r, c in zip(requests, computed, strict=True)], DEVICE, sizes=sizes)
-        for sizes in ((), (64, 128, 256))
+        plan(parts_of(requests), computed, [r.tokens - c for r, c in zip(requests, computed, strict=True)], DEVICE, graphs=graphs)
+        for graphs in ((), rooms((64, 128, 256)))
     )
-    assert (plain.size, roomy.size, len(roomy.kind), len(plain.kind)) == (0, 128, 128, 122)
+    assert plain.room is None
+    assert roomy.room == rooms((128,))[0]
+    assert (len(roomy.kind), len(plain.kind)) == (128, 122)
     for name in ("user_ids", "event_ids", "candidate_ids", "cross", "kind", "limit", "tiles", "candidate_rows", "candidate_limit", "candidate_tiles"):
         one, other = (getattr(step, name).cpu() for step in (plain, roomy))
         assert torch.equal(other[: len(one)], one), name
@@ -97,18 +99,30 @@ def test_a_step_in_the_room_of_a_graph_is_the_same_and_nothing_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("candidates", "computed", "size"),
-    [((40,), 42, 64), ((30,), 0, 0), ((70,), 42, 128), ((300,), 42, 0), ((1,) * 5, 42, 0), ((40, 40), 42, 128)],
-    ids=["fits", "history", "next", "too_many", "requests", "two"],
+    ("candidates", "computed", "room"),
+    [
+        ((40,), 42, (64, 64)),
+        ((30,), 0, (128, 128)),
+        ((70,), 42, (128, 128)),
+        ((40, 40), 42, (128, 128)),
+        ((300,), 42, (320, 320)),
+        ((600,), 42, None),
+        ((1,) * 5, 42, (256, 128)),
+        ((20,) * 4, 0, (256, 128)),
+        ((2,) * 6, 0, (320, 160)),
+        ((100,) * 3, 20, (512, 512)),
+    ],
+    ids=["fits", "history", "next", "two", "many", "too_many", "requests", "whole", "nearly_all_history", "both"],
 )
-def test_which_steps_have_room(candidates: tuple[int, ...], computed: int, size: int) -> None:
-    """Those of mostly candidates, of as many requests as a graph of that size has room for."""
+def test_which_steps_have_room(candidates: tuple[int, ...], computed: int, room: tuple[int, int] | None) -> None:
+    """In rows and candidates: of the smallest graph that has all the places."""
     requests = [random_request(np.random.default_rng(0), static=20, realtime=20, candidates=c) for c in candidates]
-    step = plan(parts_of(requests), [computed] * len(requests), [r.tokens - computed for r in requests], DEVICE, sizes=(64, 128))
-    assert step.size == size
-    if size:
-        room: Room = room_of(size)
-        assert len(step.tiles) == room.tiles
+    step = plan(
+        parts_of(requests), [computed] * len(requests), [r.tokens - computed for r in requests], DEVICE, graphs=rooms((64, 128, 256, 288, 320, 512))
+    )
+    assert (step.room and (step.room.rows, step.room.candidates)) == room
+    if step.room:
+        assert (len(step.tiles), len(step.event_ids)) == (step.room.tiles, step.room.events)
 
 
 @pytest.mark.parametrize("page", [16, 32])
