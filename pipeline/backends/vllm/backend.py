@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
@@ -19,15 +18,11 @@ from pipeline import gpu
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.vllm import options
-from pipeline.backends.vllm.payload import KEY
 from pipeline.backends.vllm.processes import Processes, Task, divided
 from pipeline.backends.vllm.session import Engine, VllmSession
 from pipeline.backends.vllm.words import Words
 from pipeline.contracts import Settings
 from pipeline.errors import AutotuneError, SettingsError, UserError
-
-if TYPE_CHECKING:
-    from vllm import PoolingParams
 
 SERVED = "served"
 ENVIRONMENT: Mapping[str, str] = {
@@ -106,7 +101,6 @@ class Vllm:
             try:
                 session = VllmSession(
                     start,
-                    _params,
                     schema=built.schema,
                     max_seq_len=built.max_seq_len,
                     queue_limit=int(settled["serve.queue_limit"]),
@@ -139,27 +133,14 @@ def _several(folder: Path, settled: Settings, built: engine.EngineFile) -> Proce
 
 
 def _start(served: Path, settings: Settings) -> Engine:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
     from pipeline.backends.vllm import plugin
+    from pipeline.backends.vllm.core import Core
 
     plugin.register()
     if reason := plugin.check():
         raise RuntimeError(reason)
-    # Its counts for dashboards are not wanted, and take time in every step.
-    arguments = options.engine_args(
-        served, {name: value for name, value in settings.items() if not name.startswith("serve.") and name != "engine.processes"}
-    )
-    made: Engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, disable_log_stats=True))
-    return made
-
-
-def _params(payload: bytes) -> PoolingParams:
-    from vllm import PoolingParams
-
-    # Unless told otherwise, a request of this task does not look into the cache.
-    return PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={KEY: payload})
+    of_vllm = {name: value for name, value in settings.items() if not name.startswith("serve.") and name != "engine.processes"}
+    return Core(options.engine_args(served, of_vllm))
 
 
 @contextmanager

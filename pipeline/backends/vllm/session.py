@@ -1,22 +1,23 @@
-"""A running vLLM engine behind `submit`: its event loop in a thread, a bound on what waits, and what its worker says of itself.
+"""A running vLLM engine behind `submit`: a bound on what waits, a thread that hands out scores, and what its worker says of itself.
 
 vLLM queues and batches by itself, so the shared micro-batcher has no part here. A request is checked before vLLM sees it: a bad id kills the whole
 engine there. An engine that has died answers everything that waits, and all that comes later, with its own last words.
+
+A request is handed over in the thread that submits it, and the scores of a whole step are handed out in one other. Python runs one thread at a time,
+so a third would save nothing, and handing over to it costs more than all that is left to do.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
-from pipeline.backends.vllm.payload import encode
+from pipeline.backends.vllm.payload import Prompt, encode
 from pipeline.contracts import HEADS, FeatureSchema, RankingRequest, Scores, Settings
 from pipeline.errors import AutotuneError, MachineError, Overloaded
 from pipeline.requests import validate
@@ -25,19 +26,43 @@ ANSWER_S = 10.0
 """How long the worker is waited for when it is asked about itself; a step ends before that."""
 
 
+class Answer(NamedTuple):
+    """To one request."""
+
+    name: str
+    scores: Scores | None  # None: vLLM has ended it without any
+    cached: int  # tokens of its history that were found, not computed
+
+
 class Engine(Protocol):
-    """What is used of vLLM's AsyncLLM."""
+    """An engine core and its processes (`core.Core`). Any thread may call it, `answers` always the same one."""
 
-    errored: bool
+    @property
+    def errored(self) -> bool:
+        """Whether it is dead."""
 
-    def encode(self, prompt: Any, pooling_params: Any, request_id: str) -> AsyncGenerator[Any, None]:
-        """One finished PoolingRequestOutput."""
+    def send(self, name: str, salt: str, prompt: Prompt) -> None:
+        """Begin a request. No two have one name."""
 
-    async def collective_rpc(self, method: str) -> list[Any]:
-        """Call a method of every worker."""
+    def abort(self, name: str) -> None:
+        """End one that was sent. It may have been answered meanwhile."""
+
+    def answers(self) -> Sequence[Answer]:
+        """Wait for those of a step. Raises once the engine is dead or shut down."""
+
+    def ask(self, method: str, seconds: float) -> Any:
+        """What a method of its first worker returns. Raises TimeoutError."""
 
     def shutdown(self) -> None:
         """End its processes."""
+
+
+class Waiting(NamedTuple):
+    """A request that the engine has."""
+
+    future: Future[Scores]
+    history: int  # tokens before the candidates
+    candidates: int
 
 
 class VllmSession:
@@ -46,7 +71,6 @@ class VllmSession:
     def __init__(
         self,
         start: Callable[[], Engine],
-        params: Callable[[bytes], Any],
         *,
         schema: FeatureSchema,
         max_seq_len: int,
@@ -54,31 +78,25 @@ class VllmSession:
         died: Callable[[], AutotuneError] = lambda: MachineError("vLLM's engine died; load it again"),
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """Starts the engine with `start`, called in the loop's thread; what it raises, this raises.
-
-        `params` makes the pooling parameters of a payload. `died` says why an engine that is dead died.
-        """
-        self._params, self._schema, self._max_seq_len, self._limit = params, schema, max_seq_len, queue_limit
+        """Starts the engine with `start`; what that raises, this raises. `died` says why an engine that is dead died."""
+        self._schema, self._max_seq_len, self._limit = schema, max_seq_len, queue_limit
         self._died, self._on_close = died, on_close
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self._closed, self._generation = False, 0
-        self._open: set[Future[Scores]] = set()
+        self._open: dict[str, Waiting] = {}
         self._dead: AutotuneError | None = None
         self._totals = dict.fromkeys(("requests", "tokens", "history_tokens", "cached_tokens", "rejected"), 0)
         self._inside: Mapping[str, float] = {}
-        self._names, self._tasks = count(), set[asyncio.Task[None]]()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._names = count()
+        self._engine = start()
+        self._thread = threading.Thread(target=self._hand_out, name="vllm", daemon=True)
         self._thread.start()
         try:
-            self._engine = self._wait(_called(start))
-            try:
-                self.effective: Settings = {**self._ask("read_back"), "serve.queue_limit": queue_limit}
-            except BaseException:
-                self._wait(_called(self._engine.shutdown))
-                raise
+            self.effective: Settings = {**self._ask("read_back"), "serve.queue_limit": queue_limit}
         except BaseException:
-            self._end_loop()
+            self._closed = True
+            self._end()
             raise
 
     def submit(self, request: RankingRequest) -> Future[Scores]:
@@ -90,14 +108,23 @@ class VllmSession:
                 raise RuntimeError("this session is closed and takes no more requests; load the engine again")
             if self._dead:
                 future.set_exception(self._dead)
-            elif len(self._open) >= self._limit:
+                return future
+            if len(self._open) >= self._limit:
                 self._totals["rejected"] += 1
                 future.set_exception(
                     Overloaded(f"at most {self._limit} requests may be with vLLM, {self._limit} are; retry later, send less, or raise the limit")
                 )
-            else:
-                self._open.add(future)
-                self._loop.call_soon_threadsafe(self._begin, request, future, self._generation)
+                return future
+            name, generation = str(next(self._names)), self._generation
+            self._open[name] = Waiting(future, len(request.user) + len(request.events), len(request.candidates))
+        try:
+            prompt = encode(request)
+            # A workload that runs out of users sends one again under another key, and means somebody else by it. All hexadecimal: it heads hashes.
+            self._engine.send(name, f"{generation:08x}{request.user_key % 2**64:016x}{prompt.salt}", prompt)
+        except Exception as error:  # whatever it is, someone waits for it
+            self._fail([name], self._told(error))
+        # Who cancels a request gives its place in the engine back, at any time before its scores are there.
+        future.add_done_callback(partial(self._ended, name))
         return future
 
     def counters(self) -> Mapping[str, float]:
@@ -123,105 +150,101 @@ class VllmSession:
             if self._closed:
                 return
             self._closed = True
+            self._idle.wait_for(lambda: not self._open)
         try:
-            self._wait(self._drain())
             self._inside = self._ask("counts") if not self._dead else self._inside
         except (AutotuneError, TimeoutError):
             pass
         finally:
-            self._wait(_called(self._engine.shutdown))
-            self._end_loop()
+            self._end()
             self._on_close()
 
-    # -- in the loop's thread
+    # -- in the thread that waits for the engine
 
-    def _begin(self, request: RankingRequest, future: Future[Scores], generation: int) -> None:
-        if future.cancelled():
-            with self._lock:
-                self._open.discard(future)
-            future.set_running_or_notify_cancel()  # tells who waits for it
-            return
-        task = self._loop.create_task(self._score(request, future, generation))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        # Who cancels a request gives its place in the engine back, at any time before its scores are there.
-        future.add_done_callback(lambda ended: self._loop.call_soon_threadsafe(task.cancel) if ended.cancelled() else None)
-
-    async def _score(self, request: RankingRequest, future: Future[Scores], generation: int) -> None:
+    def _hand_out(self) -> None:
         try:
-            scores, cached = await self._answer(request, generation)
-        except BaseException as error:  # whatever it is, someone waits for it
-            told = self._told(error)
-            with self._lock:
-                self._open.discard(future)
-            if future.set_running_or_notify_cancel():
-                future.set_exception(told)
+            while True:
+                self._settle(self._engine.answers())
+        except Exception:
+            if self._closed and not self._open:  # so it was shut down
+                return
+            dead = self._death()
+            self._fail(list(self._open), dead)
+
+    def _settle(self, answers: Sequence[Answer]) -> None:
+        told: list[tuple[Future[Scores], Scores | Exception]] = []
+        with self._lock:
+            for name, scores, cached in answers:
+                if (waiting := self._open.pop(name, None)) is None:  # cancelled meanwhile
+                    continue
+                future, history, candidates = waiting
+                if scores is None:
+                    told.append((future, RuntimeError("vLLM ended a request without an answer")))
+                elif scores.shape != (candidates, len(HEADS)):
+                    told.append((future, RuntimeError(f"scores are [K, heads] = {[candidates, len(HEADS)]}, vLLM gave {list(scores.shape)}")))
+                else:
+                    told.append((future, scores))
+                    self._totals["requests"] += 1
+                    self._totals["tokens"] += history + candidates
+                    self._totals["history_tokens"] += history
+                    self._totals["cached_tokens"] += cached
+            self._notice()
+        for future, what in told:
+            _tell(future, what)
+
+    # -- in any
+
+    def _ended(self, name: str, future: Future[Scores]) -> None:
+        if not future.cancelled():
             return
         with self._lock:
-            self._open.discard(future)
-            self._totals["requests"] += 1
-            self._totals["tokens"] += request.tokens
-            self._totals["history_tokens"] += len(request.user) + len(request.events)
-            self._totals["cached_tokens"] += cached
-        if future.set_running_or_notify_cancel():
-            future.set_result(scores)
+            mine = self._open.pop(name, None)
+            self._notice()
+        if mine:  # else it is being answered just now
+            with suppress(Exception):  # dead: it has nothing to abort
+                self._engine.abort(name)
+            future.set_running_or_notify_cancel()  # tells who waits for it
 
-    async def _answer(self, request: RankingRequest, generation: int) -> tuple[Scores, int]:
-        """Scores, and how many tokens of the history were found in the cache."""
-        prompt = encode(request)
-        # A workload that runs out of users sends one again under another key, and means somebody else by it. All of it hexadecimal: it heads hashes.
-        salt = f"{generation:08x}{request.user_key % 2**64:016x}{prompt.salt}"
-        inputs = {"type": "token", "prompt_token_ids": prompt.token_ids, "cache_salt": salt}
-        outputs = [output async for output in self._engine.encode(inputs, self._params(prompt.payload), str(next(self._names)))]
-        if not outputs:
-            raise RuntimeError("vLLM ended a request without an answer")
-        output = outputs[-1]
-        scores = np.asarray(output.outputs.data.float().numpy(), np.float32)
-        if scores.shape != (len(request.candidates), len(HEADS)):
-            raise RuntimeError(f"scores are [K, heads] = {[len(request.candidates), len(HEADS)]}, vLLM gave {list(scores.shape)}")
-        return scores, int(output.num_cached_tokens or 0)
+    def _fail(self, names: Sequence[str], error: Exception) -> None:
+        with self._lock:
+            found = [waiting for name in names if (waiting := self._open.pop(name, None))]
+            self._notice()
+        for waiting in found:
+            _tell(waiting.future, error)
 
-    def _told(self, error: BaseException) -> BaseException:
+    def _notice(self) -> None:
+        """Wakes who closes, with the lock held."""
+        if not self._open:
+            self._idle.notify_all()
+
+    def _told(self, error: Exception) -> Exception:
         """An engine's death in its own words, the same for all; any other error as it is."""
-        if self._dead or self._engine.errored:
+        return self._death() if self._dead or self._engine.errored else error
+
+    def _death(self) -> AutotuneError:
+        with self._lock:
             self._dead = self._dead or self._died()
             return self._dead
-        return error.__cause__ or error  # vLLM wraps what went wrong in an error without words
-
-    async def _drain(self) -> None:
-        while self._tasks:
-            await asyncio.gather(*self._tasks)
-
-    # -- from other threads
 
     def _ask(self, method: str) -> Any:
         """What the first worker answers. Raises TimeoutError, or MachineError where the engine is dead."""
         try:
-            return self._wait(self._engine.collective_rpc(method), ANSWER_S)[0]
-        except (AutotuneError, TimeoutError):
+            return self._engine.ask(method, ANSWER_S)
+        except TimeoutError:
             raise
         except Exception as error:
-            told = self._told(error)
-            raise told if isinstance(told, AutotuneError) else error from error
+            raise self._told(error) from error
 
-    def _wait(self, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
-
-    def _end_loop(self) -> None:
-        self._wait(_cancel_all())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+    def _end(self) -> None:
+        self._engine.shutdown()
         self._thread.join()
-        self._loop.close()
 
 
-async def _called(function: Callable[[], Any]) -> Any:
-    """In the loop: vLLM starts its own tasks where it is made."""
-    return function()
-
-
-async def _cancel_all() -> None:
-    """vLLM's own tasks, which would otherwise complain that they were forgotten."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+def _tell(future: Future[Scores], what: Scores | Exception) -> None:
+    """The one who took it from those that wait tells who waits for it."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if isinstance(what, Exception):
+        future.set_exception(what)
+    else:
+        future.set_result(what)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -61,11 +60,8 @@ def users(rng: np.random.Generator, count: int) -> list[RankingRequest]:
 
 
 def idle(session: VllmSession) -> bool:
-    """Whether neither we nor vLLM's front end nor its scheduler know of any request; the cache is empty after it."""
-    if session._open or session._tasks or session._engine.output_processor.get_num_unfinished_requests():  # type: ignore[attr-defined]
-        return False
-    reset = session._engine.reset_prefix_cache()  # type: ignore[attr-defined]
-    return bool(asyncio.run_coroutine_threadsafe(reset, session._loop).result(10))  # False while any page is in use
+    """Whether neither we nor vLLM's scheduler know of any request; the cache is empty after it."""
+    return not session._open and session._engine._client.reset_prefix_cache()  # type: ignore[attr-defined]  # False while any page is in use
 
 
 @pytest.mark.parametrize("bad", [2**31, 2**31 - 1, -1])

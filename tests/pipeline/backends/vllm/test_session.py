@@ -2,93 +2,85 @@
 
 from __future__ import annotations
 
-import asyncio
+import queue
 import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import wait
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from pipeline.backends.vllm.payload import lengths_of
-from pipeline.backends.vllm.session import VllmSession
+from pipeline.backends.vllm.payload import Prompt, lengths_of
+from pipeline.backends.vllm.session import Answer, VllmSession
 from pipeline.contracts import RankingRequest, Remembering
 from pipeline.errors import InvalidRequest, MachineError, Overloaded, SettingsError
 from tests.factories import SCHEMA, random_request
 
 
 class FakeEngine:
-    """Scores are a candidate's number in its request; half of every history is found in the cache."""
+    """Scores are a candidate's number in its request; half of every history is found in the cache. What is sent while the gate is open is a step."""
 
     def __init__(self) -> None:
         self.errored = False
-        self.gate = asyncio.Event()
+        self.gate = threading.Event()
         self.gate.set()
         self.fault: Exception | None = None
-        self.shape_off = 0
-        self.seen: list[tuple[Any, str]] = []
-        self.ended = self.aborted = 0
-        self.steps = 0
+        self.shape_off: int | None = 0
+        self.seen: list[tuple[str, str, Prompt]] = []
+        self.aborted: list[str] = []
+        self.ended = self.steps = 0
+        self.sent: queue.Queue[tuple[str, Prompt] | None] = queue.Queue()
 
-    async def encode(self, prompt: Any, pooling_params: bytes, request_id: str) -> AsyncGenerator[Any, None]:
-        self.seen.append((prompt, request_id))
-        bytes.fromhex(prompt["cache_salt"])  # as `inside.cache` reads it
-        try:
-            await self.gate.wait()
-        except asyncio.CancelledError:
-            self.aborted += 1
-            raise
-        if self.fault:
-            raise self.fault
-        lengths = lengths_of(pooling_params)
-        self.steps += 1
-        scores = torch.arange(lengths.candidates + self.shape_off, dtype=torch.bfloat16)[:, None].expand(-1, 4)
-        yield SimpleNamespace(outputs=SimpleNamespace(data=scores), num_cached_tokens=lengths.history // 2, finished=True)
-
-    async def collective_rpc(self, method: str) -> list[Any]:
+    def send(self, name: str, salt: str, prompt: Prompt) -> None:
         if self.errored:
             raise RuntimeError("dead")
-        return [{"read_back": {"engine.block_size": 32}, "counts": {"batches": self.steps, "compilations": 0}}[method]]
+        self.seen.append((name, salt, prompt))
+        bytes.fromhex(salt)  # as `inside.cache` reads it
+        if self.fault:
+            raise self.fault
+        self.sent.put((name, prompt))
+
+    def abort(self, name: str) -> None:
+        self.aborted.append(name)
+
+    def answers(self) -> list[Answer]:
+        sent = self.sent.get()
+        self.gate.wait()
+        if self.errored or sent is None:
+            raise RuntimeError("EngineDeadError")
+        name, prompt = sent
+        self.steps += 1
+        lengths = lengths_of(prompt.payload)
+        if self.shape_off is None:
+            return [Answer(name, None, 0)]
+        scores = np.arange(lengths.candidates + self.shape_off, dtype=np.float32)[:, None].repeat(4, 1)
+        return [Answer(name, scores, lengths.history // 2)]
+
+    def ask(self, method: str, seconds: float) -> Any:
+        if self.errored:
+            raise RuntimeError("dead")
+        return {"read_back": {"engine.block_size": 32}, "counts": {"batches": self.steps, "compilations": 0}}[method]
 
     def shutdown(self) -> None:
         self.ended += 1
+        self.sent.put(None)
+        self.gate.set()
+
+    def die(self) -> None:
+        self.errored = True
+        self.sent.put(None)
+        self.gate.set()
 
 
 class Held:
     """A session and the engine in it."""
 
     def __init__(self, **changes: Any) -> None:
-        def start() -> FakeEngine:
-            self.engine = FakeEngine()
-            return self.engine
-
+        self.engine = FakeEngine()
         more = {"queue_limit": 8, "died": lambda: MachineError("vLLM's engine died: of nothing"), **changes}
-        self.session = VllmSession(start, lambda payload: payload, schema=SCHEMA, max_seq_len=256, **more)
-
-    def call(self, function: Any) -> None:
-        """In the loop's thread, as vLLM would."""
-        done = threading.Event()
-        self.session._loop.call_soon_threadsafe(lambda: (function(), done.set()))
-        assert done.wait(10)
-
-    def die(self) -> None:
-        def now() -> None:
-            self.engine.errored, self.engine.fault = True, RuntimeError("EngineDeadError")
-            self.engine.gate.set()
-
-        self.call(now)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
+        self.session = VllmSession(lambda: self.engine, schema=SCHEMA, max_seq_len=256, **more)
 
 
 @pytest.fixture
@@ -96,7 +88,7 @@ def held() -> Iterator[Held]:
     made = Held()
     yield made
     if not made.session._closed:
-        made.call(made.engine.gate.set)  # or a test that fails would never end
+        made.engine.gate.set()  # or a test that fails would never end
     made.session.close()
 
 
@@ -117,8 +109,8 @@ def test_scores_come_back_as_float32_and_totals_add_up(held: Held, request_: Ran
         "history_tokens": 5 * history, "cached_tokens": 5 * (history // 2), "rejected": 0,
     }  # fmt: skip
     assert held.session.effective == {"engine.block_size": 32, "serve.queue_limit": 8}
-    assert len({name for _, name in held.engine.seen}) == 5
-    assert all(prompt["cache_salt"] and len(prompt["prompt_token_ids"]) == request_.tokens for prompt, _ in held.engine.seen)
+    assert len({name for name, _, _ in held.engine.seen}) == 5
+    assert all(salt and len(prompt.token_ids) == request_.tokens for _, salt, prompt in held.engine.seen)
 
 
 def test_what_was_kept_lies_under_another_salt_once_forgotten(held: Held, request_: RankingRequest) -> None:
@@ -126,10 +118,10 @@ def test_what_was_kept_lies_under_another_salt_once_forgotten(held: Held, reques
         if forget:
             held.session.forget()
         held.session.submit(request_).result(10)
-    first, second, third = (prompt["cache_salt"] for prompt, _ in held.engine.seen)
+    first, second, third = (salt for _, salt, _ in held.engine.seen)
     assert first == second != third
     held.session.submit(replace(request_, user_key=-1)).result(10)  # another user, though all of it is the same
-    assert held.engine.seen[-1][0]["cache_salt"] not in (first, third)
+    assert held.engine.seen[-1][1] not in (first, third)
     assert isinstance(held.session, Remembering)
 
 
@@ -145,39 +137,36 @@ def test_an_id_that_would_kill_the_engine_never_reaches_it(held: Held, request_:
 
 
 def test_more_than_may_wait_are_turned_away_at_once(held: Held, request_: RankingRequest) -> None:
-    held.call(held.engine.gate.clear)
+    held.engine.gate.clear()
     futures = [held.session.submit(request_) for _ in range(12)]
     refused = [future for future in futures if future.done()]
     assert futures[8:] == refused
     assert all(isinstance(future.exception(), Overloaded) for future in refused)
-    held.call(held.engine.gate.set)
+    held.engine.gate.set()
     assert all(future.exception(10) is None for future in futures[:8])
     assert held.session.counters()["rejected"] == 4
     assert held.session.submit(request_).exception(10) is None
 
 
 def test_one_requests_fault_is_its_own(held: Held, request_: RankingRequest) -> None:
-    held.call(lambda: setattr(held.engine, "fault", ValueError("this one")))
+    held.engine.fault = ValueError("this one")
     assert "this one" in str(held.session.submit(request_).exception(10))
-    held.call(lambda: setattr(held.engine, "fault", None))
+    held.engine.fault = None
     assert held.session.submit(request_).exception(10) is None
-    held.call(lambda: setattr(held.engine, "shape_off", -1))
+    held.engine.shape_off = -1
     assert "scores are [K, heads] = [6, 4], vLLM gave [5, 4]" in str(held.session.submit(request_).exception(10))
-
-
-def test_what_vllm_wraps_is_unwrapped(held: Held, request_: RankingRequest) -> None:
-    wrapped = RuntimeError()
-    wrapped.__cause__ = ValueError("the reason")
-    held.call(lambda: setattr(held.engine, "fault", wrapped))
-    assert str(held.session.submit(request_).exception(10)) == "the reason"
+    held.engine.shape_off = None
+    assert "without an answer" in str(held.session.submit(request_).exception(10))
+    assert held.session.counters()["requests"] == 1
+    assert not held.session._open
 
 
 def test_a_dead_engine_fails_who_waits_and_who_comes_later(held: Held, request_: RankingRequest) -> None:
     held.session.submit(request_).result(10)
     held.session.counters()
-    held.call(held.engine.gate.clear)
+    held.engine.gate.clear()
     waiting = [held.session.submit(request_) for _ in range(3)]
-    held.die()
+    held.engine.die()
     assert all(isinstance(future.exception(10), MachineError) for future in waiting)
     assert "of nothing" in str(held.session.submit(request_).exception(10))
     assert len(held.engine.seen) == 4
@@ -187,32 +176,19 @@ def test_a_dead_engine_fails_who_waits_and_who_comes_later(held: Held, request_:
 
 
 def test_a_death_between_requests_is_noticed_by_who_asks(held: Held, request_: RankingRequest) -> None:
-    held.die()
+    held.engine.die()
     assert held.session.counters()["requests"] == 0
     assert isinstance(held.session.submit(request_).exception(10), MachineError)
 
 
-def test_a_cancelled_request_frees_its_place(held: Held, request_: RankingRequest) -> None:
-    block = threading.Event()
-    held.session._loop.call_soon_threadsafe(block.wait)
-    futures = [held.session.submit(request_) for _ in range(8)]
-    assert all(future.cancel() for future in futures)
-    block.set()
-    held.call(lambda: None)
-    assert not wait(futures, 10).not_done
-    assert not held.engine.seen
-    assert [held.session.submit(request_).exception(10) for _ in range(4)] == [None] * 4
-
-
 def test_a_request_is_cancelled_while_the_engine_has_it(held: Held, request_: RankingRequest) -> None:
-    held.call(held.engine.gate.clear)
+    held.engine.gate.clear()
     futures = [held.session.submit(request_) for _ in range(8)]
-    until(lambda: len(held.engine.seen) == 8)
     assert [future.cancel() for future in futures[:3]] == [True] * 3
     assert not wait(futures[:3], 10).not_done
-    assert held.engine.aborted == 3
+    assert held.engine.aborted == [name for name, _, _ in held.engine.seen[:3]]
     futures += [held.session.submit(request_) for _ in range(3)]
-    held.call(held.engine.gate.set)
+    held.engine.gate.set()
     assert all(len(future.result(10)) == 6 for future in futures[3:])
     assert not futures[-1].cancel()
     assert held.session.counters()["requests"] == 8
@@ -222,9 +198,9 @@ def test_a_request_is_cancelled_while_the_engine_has_it(held: Held, request_: Ra
 def test_closing_finishes_what_was_submitted_and_is_done_once(request_: RankingRequest) -> None:
     closed: list[int] = []
     held = Held(on_close=lambda: closed.append(1))
-    held.call(held.engine.gate.clear)
+    held.engine.gate.clear()
     futures = [held.session.submit(request_) for _ in range(5)]
-    threading.Timer(0.2, lambda: held.call(held.engine.gate.set)).start()
+    threading.Timer(0.2, lambda: held.engine.gate.set()).start()
     held.session.close()
     held.session.close()
     assert all(future.exception(0) is None for future in futures)
@@ -240,7 +216,7 @@ def test_a_start_that_fails_leaves_nothing() -> None:
         raise SettingsError("no")
 
     with pytest.raises(SettingsError, match="no"):
-        VllmSession(start, lambda payload: payload, schema=SCHEMA, max_seq_len=256, queue_limit=8)
+        VllmSession(start, schema=SCHEMA, max_seq_len=256, queue_limit=8)
     assert "vllm" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -253,5 +229,5 @@ def test_an_engine_that_cannot_say_its_settings_is_ended(monkeypatch: pytest.Mon
         return engines[0]
 
     with pytest.raises(MachineError, match="died"):
-        VllmSession(start, lambda payload: payload, schema=SCHEMA, max_seq_len=256, queue_limit=8)
+        VllmSession(start, schema=SCHEMA, max_seq_len=256, queue_limit=8)
     assert engines[0].ended == 1
