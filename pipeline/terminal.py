@@ -29,7 +29,15 @@ PLAIN_EVERY_S = 20.0
 MARKS = {"waiting": "[dim]·[/]", "running": "[cyan]▸[/]", "done": "[green]✓[/]", "failed": "[red]✗[/]"}
 NOTICES = ("waiting for another study", "ended by SIG")
 """Beginnings of the launcher's own lines, which are for the person; what children print else is in their log.txt."""
-SHOWN = ("latency_ms/p50", "latency_ms/p95", "latency_ms/p99", "throughput_rps/peak", "memory_mib/peak", "gpu_memory_mib/held")
+SHOWN = (
+    "latency_ms/p50",
+    "latency_ms/p95",
+    "latency_ms/p99",
+    "throughput_rps/peak",
+    "memory_mib/peak",
+    "gpu_memory_mib/held",
+    "window/history_found_share",
+)
 ACCURACY = ("auc/", "gauc/", "auc_loss_upper/", "gauc_loss_upper/")
 """Rows of the result table, beside the objective."""
 
@@ -187,7 +195,7 @@ def result_table(decision: Decision, names: Mapping[str, str]) -> Table:
     table.add_row(f"[bold]{decision.metric}[/]", figure(decision.baseline), figure(decision.winner_figure))
     table.add_row("improvement", f"noise up to x{decision.noise_floor:.3f}", f"x{figure(decision.ratio)}" if decision.ratio else "")
     baseline, winner = decision.figures.get("baseline", {}), decision.figures.get("winner", {})
-    for metric in baseline:
+    for metric in dict.fromkeys([*baseline, *winner]):  # an engine that remembers has more to tell than one that does not
         if metric != decision.metric and (metric in SHOWN or metric.startswith(ACCURACY)):
             table.add_row(metric, _number(baseline.get(metric)), _number(winner.get(metric)))
     return table

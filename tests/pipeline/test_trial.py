@@ -110,6 +110,16 @@ def test_an_engine_that_ignores_a_knob_is_infeasible(root: Path, monkeypatch: py
     assert found.reason == "fake does not run as asked: engine.threads was asked to be 2 and is 1"
 
 
+def test_memory_is_that_of_an_engines_processes_too() -> None:
+    code = "held = bytearray(64 * 2**20); print(flush=True); input()"
+    before = trial._peak_memory_mib()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as below:
+        assert below.stdout is not None
+        below.stdout.readline()
+        assert 64 < trial._peak_memory_mib() - before < 128
+        below.communicate(b"\n")
+
+
 def test_what_an_engine_holds_on_the_gpus_is_what_came_since_it_was_loaded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = iter([100.0, 340.0])
     monkeypatch.setattr(trial, "_gpu_memory_mib", lambda: next(used))

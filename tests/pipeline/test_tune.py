@@ -20,7 +20,7 @@ from pipeline.config import GoalConfig, TuneConfig
 from pipeline.contracts import Outcome
 from pipeline.errors import UserError
 from pipeline.records import Order, StudyFolder, read_study
-from pipeline.tune import reconfirm, tune
+from pipeline.tune import _point, reconfirm, tune
 from search_spaces.space import Space
 from tests.pipeline.fake_study import Simulated, config, space
 
@@ -37,6 +37,11 @@ def run(settings: TuneConfig, launcher: Simulated | None = None, chosen: Space |
 
 def with_study(settings: TuneConfig, **changes: object) -> TuneConfig:
     return replace(settings, study=replace(settings.study, **changes))  # type: ignore[arg-type]
+
+
+def test_a_point_is_told_by_what_its_engine_would_not_do_by_itself() -> None:
+    assert _point("vllm", {"engine.block_size": 16, "engine.graphs": True}, {"engine.block_size": 16, "engine.graphs": True}) == "vllm, its defaults"
+    assert _point("vllm", {"engine.block_size": 32, "serve.share": 0.5}, {"engine.block_size": 16}) == "vllm block_size=32 share=0.5"
 
 
 def test_a_study_finds_the_known_optimum_and_ships_it(tmp_path: Path) -> None:
