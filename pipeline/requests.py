@@ -55,10 +55,11 @@ def _check_ids(what: str, ids: NDArray[np.int64], features: Sequence[Feature]) -
         raise InvalidRequest(f"{what} ids must be integers, got {ids.dtype}")
     if not len(ids):
         return
-    for feature, column in zip(features, ids.T, strict=True):  # numpy takes four times as long to reduce short rows
-        smallest, largest = column.min(), column.max()
-        if smallest < 0 or largest >= feature.rows:
-            bad = smallest if smallest < 0 else largest
+    # All columns at once, and of each one number: those below 0 are the largest of all without their sign.
+    largest = np.ascontiguousarray(ids.T, np.int64).view(np.uint64).max(axis=1).tolist()  # numpy takes four times as long to reduce short rows
+    for feature, column, most in zip(features, ids.T, largest, strict=True):
+        if most >= feature.rows:
+            bad = column.min() if column.min() < 0 else column.max()
             raise InvalidRequest(f"{what} feature '{feature.name}' takes ids 0 to {feature.rows - 1}, got {bad}; send 0 for an unknown value")
 
 

@@ -42,41 +42,41 @@ def query_tiles(
     Raises ValueError for lengths that do not add up, or a row that would see more than its request's history: no kernel looks again.
     """
     keys = history if cached is None else history + cached
-    start = np.concatenate([[0], np.cumsum(history + candidates)])
-    if len(history) != len(candidates) or min(history.min(initial=0), candidates.min(initial=0)) < 0 or len(limit) != start[-1]:
+    paired = len(history) == len(candidates)
+    segments = np.array([history, candidates] if paired else []).T.ravel()  # in token order: they partition the rows
+    ends = segments.cumsum()
+    if not paired or segments.min(initial=0) < 0 or len(limit) != segments.sum():
         raise ValueError(
             f"history and candidates hold one length of at least 0 a request and limit one entry a row, got {len(history)} and {len(candidates)} "
-            f"lengths of {start[-1]} rows in all and {len(limit)} limits"
+            f"lengths of {sum(history) + sum(candidates)} rows in all and {len(limit)} limits"
         )
-    segments = np.stack([history, candidates], axis=1).ravel()  # in token order: they partition the rows
-    first_row = np.stack([start[:-1], start[:-1] + history], axis=1).ravel()
-    count = -(-segments // block)
-    segment = np.repeat(np.arange(len(segments)), count)
-    within = (np.arange(len(segment)) - np.repeat(np.cumsum(count) - count, count)) * block
-    row = first_row[segment] + within
+    start, count = ends - segments, -(-segments // block)
+    segment = np.arange(len(segments)).repeat(count)
+    within = (np.arange(len(segment)) - (count.cumsum() - count).repeat(count)) * block
+    row, request = start[segment] + within, segment // 2
     table = np.zeros((len(row), COLUMNS), np.int32)
     if not len(row):
         return table
     table[:, ROW] = row
-    table[:, ROWS] = np.minimum(block, segments[segment] - within)
-    table[:, FIRST_KEY] = start[segment // 2]
+    table[:, ROWS] = np.minimum(segments[segment] - within, block)
+    table[:, FIRST_KEY] = start[::2][request]
     table[:, LOW], table[:, HIGH] = np.minimum.reduceat(limit, row), np.maximum.reduceat(limit, row)
     table[:, OWN_ROW] = np.where(segment % 2 == 1, row, -1)
-    table[:, REQUEST] = segment // 2
-    if limit.min() < 0 or (table[:, HIGH] > keys[segment // 2]).any():
-        worst = int(np.argmax(table[:, HIGH] - keys[segment // 2]))
+    table[:, REQUEST] = request
+    if table[:, LOW].min() < 0 or (table[:, HIGH] > keys[request]).any():
+        worst = int(np.argmax(table[:, HIGH] - keys[request]))
         raise ValueError(
             f"a row sees from 0 keys to all of its request's history, got a limit of {limit.min()} at least, and of {table[worst, HIGH]} "
-            f"over a history of {keys[segment[worst] // 2]}"
+            f"over a history of {keys[request[worst]]}"
         )
-    table = table[np.argsort(-table[:, HIGH], kind="stable")]
+    table = table[(-table[:, HIGH]).argsort(kind="stable")]
     return candidate_tiles(table, history) if last else table
 
 
 def candidate_tiles(tiles: Ints, history: NDArray[np.integer]) -> Ints:
     """The table with `last` out of the one without."""
     table = tiles[tiles[:, OWN_ROW] >= 0]
-    table[:, ROW] -= np.cumsum(history, dtype=np.int32)[table[:, REQUEST]]
+    table[:, ROW] -= history.cumsum(dtype=np.int32)[table[:, REQUEST]]
     return table
 
 

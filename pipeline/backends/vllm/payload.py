@@ -27,6 +27,7 @@ MARK = 16
 """Tokens to a mark, as vLLM's smallest block has."""
 _HEADER = 7
 _PLACE, _USER, _STATIC, _REALTIME = (np.uint64(bits) for bits in (0xD1B54A32D192ED03, 0x94D049BB133111EB, 0x8CB92BA72F3D8DD7, 0xABC98388FB8FAC03))
+_FOLDS = ((np.uint64(0x9E3779B97F4A7C15), np.uint64(29)), (np.uint64(0xBF58476D1CE4E5B9), np.uint64(32)))
 
 
 class Lengths(NamedTuple):
@@ -95,9 +96,9 @@ def encode(request: RankingRequest) -> Prompt:
         flat[at : at + prod(shape)].reshape(shape)[...] = part
         at += prod(shape)
     flat[at : at + request.cross.size].view(np.float32)[:] = request.cross.reshape(-1)
-    flat[at + request.cross.size :] = np.ascontiguousarray(sums[MARK - 1 :: MARK]).view(np.int32).reshape(-1)
+    flat[at + request.cross.size :] = np.ascontiguousarray(sums[:, MARK - 1 :: MARK].T).view(np.int32).reshape(-1)
     known = lengths.user + static
-    salt = sums[known - 1].tobytes() if known else bytes(16)
+    salt = sums[:, known - 1].tobytes() if known else bytes(16)
     return Prompt(token_ids=[0] * lengths.total, salt=salt.hex(), payload=flat.tobytes())
 
 
@@ -143,20 +144,27 @@ def _words(lengths: Lengths) -> int:
 
 
 def _sums(request: RankingRequest) -> NDArray[np.uint64]:
-    """[history, 2] sums of what all tokens up to each have become at their places."""
-    users, static = len(request.user), request.static_count
-    tokens = np.arange(1, users + len(request.events) + 1, dtype=np.uint64) * _PLACE
+    """[2, history] sums of what all tokens up to each have become at their places."""
+    users, static, count = len(request.user), request.static_count, len(request.user) + len(request.events)
+    tokens = _places(1 << count.bit_length())[:count].copy()
     tokens[:users] += request.user.astype(np.uint64) * _USER
     tokens[users:] += request.events.astype(np.uint64) @ _keys(request.events.shape[1])
     tokens[users : users + static] += _STATIC
     tokens[users + static :] += _REALTIME
-    sums = np.empty((len(tokens), 2), np.uint64)
+    sums, folded = np.empty((2, count), np.uint64), np.empty(count, np.uint64)
     for lane in range(2):  # multiply and fold, so that every bit reaches every other
-        for factor, shift in ((0x9E3779B97F4A7C15, 29), (0xBF58476D1CE4E5B9, 32)):
-            tokens *= np.uint64(factor)
-            tokens ^= tokens >> np.uint64(shift)
-        np.cumsum(tokens, out=sums[:, lane])
+        for factor, shift in _FOLDS:
+            tokens *= factor
+            np.right_shift(tokens, shift, out=folded)
+            tokens ^= folded
+        tokens.cumsum(out=sums[lane])
     return sums
+
+
+@functools.cache
+def _places(count: int) -> NDArray[np.uint64]:
+    """What a token's place adds, for the first `count` of them."""
+    return np.arange(1, count + 1, dtype=np.uint64) * _PLACE
 
 
 @functools.cache

@@ -119,66 +119,79 @@ def plan(
     It takes the room of the first of the `graphs` (as of `rooms`) that holds it, if there is one. Raises RuntimeError for a step that leaves
     part of a request, or begins behind its history: its scores would be wrong.
     """
-    lengths = [p.lengths for p in parts]
-    user, static, realtime, offered = np.array([n[:4] for n in lengths], np.int32).T
-    found, asked = np.array(computed, np.int32), np.array(scheduled, np.int32)
-    history, known = user + static + realtime, user + static
-    if (bad := (found > history) | (found + asked != history + offered)).any():
-        worst = int(np.argmax(bad))
-        raise RuntimeError(
-            f"a step computes a request to its end, and at most its history comes from the cache: got {asked[worst]} tokens after {found[worst]} of "
-            f"{lengths[worst]}; serve with chunked prefill off and histories alone in the cache, as pipeline.backends.vllm.options sets"
-        )
-    rows, skipped = history - found, np.maximum(found - user, 0)
-    events, start = static + realtime - skipped, _before(asked)
+    # What there is one of a request is counted in Python: a call of numpy costs as much as ten additions there, and most steps have few requests.
+    history, rows, offered, known, events, skipped, runs, moved, shifts, gaps = _lists(10)
+    start, event, candidate = 0, 0, 0
+    for part, found, asked in zip(parts, computed, scheduled, strict=True):
+        user, static, realtime, candidates = part.lengths[:4]
+        seen, past = user + static, user + static + realtime
+        if found > past or found + asked != past + candidates:
+            raise RuntimeError(
+                f"a step computes a request to its end, and at most its history comes from the cache: got {asked} tokens after {found} of "
+                f"{part.lengths}; serve with chunked prefill off and histories alone in the cache, as pipeline.backends.vllm.options sets"
+            )
+        # A request is four runs of tokens, less what was computed before: each is of one kind, and its sources count up.
+        runs += (max(user - found, 0), max(seen, found) - max(user, found), past - max(seen, found), candidates)
+        shift, skip = found - start, max(found - user, 0)  # from a row's place in the step to its place in the request
+        of_event = shift + event - user - skip
+        moved += (shift + len(rows) * user, of_event, of_event, shift + candidate - past)
+        shifts.append(shift + 1)
+        gaps.append(start + past - found - candidate)
+        history.append(past)
+        rows.append(past - found)
+        offered.append(candidates)
+        known.append(seen)
+        events.append(static + realtime - skip)
+        skipped.append(skip)
+        start, event, candidate = start + asked, event + events[-1], candidate + candidates
     needed = _needed(rows, offered, events)
     held = next((graph for graph in graphs if graph.rows >= needed.rows and _holds(graph, rows, offered, events)), None)
     room = held or needed
-    number = np.arange(asked.sum(), dtype=np.int32)
-    # A request is four runs of tokens, less what was computed before: each is of one kind, and its sources count up.
-    ends = np.stack([user, known, history, history + offered], axis=1)
-    runs = np.diff(np.maximum(ends, found[:, None]), axis=1, prepend=found[:, None]).ravel()
-    users = room.requests * user[0]
-    of_event = users + _before(events) - user - skipped
-    moved = np.stack([_before(user), of_event, of_event, users + room.events + _before(offered) - history], axis=1)
-    candidate_rows = number[: needed.candidates] + np.repeat(start + rows - _before(offered), offered)
-    candidate_limit = np.repeat(known, offered) + np.concatenate([p.visible for p in parts])
-    limit = number + np.repeat(found - start + 1, asked)
+    lengths = parts[0].lengths
+    number: Ints = np.arange(start, dtype=np.int32)
+    users = room.requests * lengths.user
+    sources = np.array(moved, np.int32).reshape(-1, 4) + np.array([0, users, users, users + room.events], np.int32)
+    candidate_rows = number[:candidate] + np.array(gaps, np.int32).repeat(offered)
+    candidate_limit = np.array(known, np.int32).repeat(offered) + np.concatenate([p.visible for p in parts])
+    limit = number + np.array(shifts, np.int32).repeat(scheduled)
     if dynamic:
-        np.maximum(limit, np.repeat(known, asked), out=limit)
+        np.maximum(limit, np.array(known, np.int32).repeat(scheduled), out=limit)
     limit[candidate_rows] = candidate_limit
-    tiles = query_tiles(rows, offered, limit, room.block, cached=found)
+    tiles = query_tiles(np.array(rows, np.int32), np.array(offered, np.int32), limit, room.block, cached=np.array(computed, np.int32))
     arrays = {
         "user_ids": np.concatenate([p.user for p in parts]),
-        "event_ids": np.concatenate([p.events[skip:] for p, skip in zip(parts, skipped.tolist(), strict=True)]),
+        "event_ids": np.concatenate([p.events[skip:] for p, skip in zip(parts, skipped, strict=True)]),
         "candidate_ids": np.concatenate([p.candidates for p in parts]),
         "cross": np.concatenate([p.cross for p in parts]),
-        "token_source": number + np.repeat((moved + (found - start)[:, None]).ravel(), runs),
-        "kind": np.repeat(np.tile(np.array([USER, STATIC, REALTIME, CANDIDATE], np.int32), len(parts)), runs),
+        "token_source": number + sources.ravel().repeat(runs),
+        "kind": np.array([USER, STATIC, REALTIME, CANDIDATE] * len(parts), np.int32).repeat(runs),
         "limit": limit,
         "tiles": tiles,
         "candidate_rows": candidate_rows,
         "candidate_limit": candidate_limit,
-        "candidate_tiles": candidate_tiles(tiles, rows),
+        "candidate_tiles": candidate_tiles(tiles, np.array(rows, np.int32)),
     }
-    shapes = room.shapes((lengths[0].user, lengths[0].event_columns, lengths[0].candidate_columns, lengths[0].cross_columns))
+    shapes = room.shapes((lengths.user, lengths.event_columns, lengths.candidate_columns, lengths.cross_columns))
     flat = _sent(arrays, shapes, device)
-    return Step(
-        history=history.tolist(), rows=rows.tolist(), candidates=offered.tolist(), block=room.block, room=held, flat=flat, **views(flat, shapes)
-    )  # fmt: skip
+    return Step(history=history, rows=rows, candidates=offered, block=room.block, room=held, flat=flat, **views(flat, shapes))
 
 
-def _needed(rows: Ints, offered: Ints, events: Ints, block: int | None = None) -> Room:
-    total = int(rows.sum() + offered.sum())
+def _lists(count: int) -> tuple[list[int], ...]:
+    return tuple([] for _ in range(count))
+
+
+def _needed(rows: Sequence[int], offered: Sequence[int], events: Sequence[int], block: int | None = None) -> Room:
+    candidates = sum(offered)
+    total = sum(rows) + candidates
     block = block or (64 if total <= SMALL else 128)
-    of_candidates = int((-(-offered // block)).sum())
+    of_candidates = sum([-(-count // block) for count in offered])
     return Room(
-        rows=total, requests=len(rows), events=int(events.sum()), candidates=int(offered.sum()),
-        tiles=int((-(-rows // block)).sum()) + of_candidates, candidate_tiles=of_candidates,
+        rows=total, requests=len(rows), events=sum(events), candidates=candidates,
+        tiles=sum([-(-count // block) for count in rows]) + of_candidates, candidate_tiles=of_candidates,
     )  # fmt: skip
 
 
-def _holds(room: Room, rows: Ints, offered: Ints, events: Ints) -> bool:
+def _holds(room: Room, rows: Sequence[int], offered: Sequence[int], events: Sequence[int]) -> bool:
     """Whether the step fits."""
     needed = _needed(rows, offered, events, room.block)
     return all(getattr(needed, part) <= getattr(room, part) for part in ("requests", "events", "candidates", "tiles", "candidate_tiles"))
@@ -191,10 +204,10 @@ def words(shapes: dict[str, tuple[int, ...]]) -> int:
 
 def views(flat: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The arrays within `flat`."""
-    found, at = {}, 0
+    found, at, start = {}, 0, flat.storage_offset()
     for name, shape in shapes.items():
-        part = flat[at : at + prod(shape)]
-        found[name] = (part.view(torch.float32) if name == "cross" else part).view(shape)
+        part = flat.as_strided(shape, (shape[1], 1) if len(shape) > 1 else (1,), start + at)
+        found[name] = part.view(torch.float32) if name == "cross" else part
         at += -(-prod(shape) // 4) * 4
     return found
 
@@ -207,15 +220,9 @@ def _sent(arrays: dict[str, NDArray[np.generic]], shapes: dict[str, tuple[int, .
     host = torch.empty(words(shapes), dtype=torch.int32, pin_memory=device.type == "cuda")
     flat, at = host.numpy(), 0
     for name, shape in shapes.items():
-        own, whole = arrays[name], prod(shape)
-        kind = np.float32 if name == "cross" else np.int32
-        flat[at : at + own.size] = np.ascontiguousarray(own, kind).reshape(-1).view(np.int32)
-        flat[at + own.size : at + whole] = CANDIDATE if name == "kind" else 0
+        own, whole = arrays[name].reshape(-1), prod(shape)
+        flat[at : at + own.size] = own.view(np.int32) if name == "cross" else own
+        if own.size < whole:
+            flat[at + own.size : at + whole] = CANDIDATE if name == "kind" else 0
         at += -(-whole // 4) * 4
     return host.to(device, non_blocking=True)
-
-
-def _before(counts: Ints) -> Ints:
-    """Sums of what comes before each."""
-    result: Ints = np.cumsum(counts, dtype=np.int32) - counts
-    return result
