@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import environment
+from pipeline import environment, interpreters
 from pipeline.contracts import HEADS, Settings
 from pipeline.errors import ArtifactError, MachineError, UserError
 from pipeline.records import StudyFolder, TrialRecord, read_json, read_study, write_json
@@ -129,8 +129,9 @@ def verify(path: Path) -> Manifest:
 
 
 def differences(manifest: Manifest) -> list[str]:
-    """What differs between the machine it was measured on and this one, a line each."""
-    return environment.differences(manifest.environment, environment.fingerprint())
+    """What differs between the machine it was measured on and this one, a line each: what its engine will find in the interpreter that runs it."""
+    python = interpreters.of({}, manifest.backend)
+    return environment.differences(manifest.environment, (python and interpreters.fingerprint(python)) or environment.fingerprint())
 
 
 def export(path: Path, destination: Path) -> Path:

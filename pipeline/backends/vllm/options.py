@@ -18,6 +18,7 @@ MIB, GIB = 2**20, 2**30
 FIXED: dict[str, Any] = {
     "runner": "pooling",  # scores are pooled from a request's rows; nothing is generated
     "skip_tokenizer_init": True,  # prompts are token ids that only name tokens
+    "use_tqdm_on_load": False,  # a bar for one file, in a log
     "enable_chunked_prefill": False,  # a request's static tokens and candidates are computed in one step (see `step`)
     "worker_cls": "pipeline.backends.vllm.inside.readback.ToldWorker",  # brings the features, and says what it runs
     "attention_backend": "CUSTOM",  # what vLLM says it runs; the layers bring theirs by themselves (see `inside.attention`)
