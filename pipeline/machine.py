@@ -73,8 +73,8 @@ def shares(before: State, after: State) -> dict[str, float]:
     return {"foreign": max(0.0, foreign / capacity), "steal": max(0.0, (after.steal_s - before.steal_s) / capacity)}
 
 
-def disturbance(before: State, after: State, foreign_share: float = FOREIGN_SHARE, steal_share: float = STEAL_SHARE) -> str:
-    """Why what was measured between two readings does not count; empty when it does."""
+def disturbance(before: State, after: State, foreign_share: float = FOREIGN_SHARE, steal_share: float = STEAL_SHARE, engines: int = 1) -> str:
+    """Why what was measured between two readings does not count; empty when it does. `engines` processes of ours work on a GPU."""
     taken = shares(before, after)
     if taken["foreign"] > foreign_share:
         return f"other processes took {taken['foreign']:.0%} of the CPU, at most {foreign_share:.0%} may; stop them, or raise measure.foreign_share"
@@ -86,8 +86,8 @@ def disturbance(before: State, after: State, foreign_share: float = FOREIGN_SHAR
             heat = f"{device.temperature_c} C and {device.power_w:.0f} W"
             return f"GPU {device.index} was throttled (NVML reasons {device.throttle:#x}) at {heat}; let it cool"
         ours = before.own_pids | after.own_pids
-        # Inside a container NVML may tell the host's process ids: then none is ours, and one is taken for it.
-        others = len(device.processes - ours) if device.processes & ours else len(device.processes) - 1
+        # Inside a container NVML may tell the host's process ids: then none is ours, and as many as we have there are taken for them.
+        others = len(device.processes - ours) if device.processes & ours else len(device.processes) - engines
         if others > 0:
             return f"GPU {device.index} was shared with {others} other processes; stop them, or choose another with CUDA_VISIBLE_DEVICES"
     return ""

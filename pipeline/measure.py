@@ -192,7 +192,7 @@ def timed_window(
     """
     gc.collect()
     gc.freeze()
-    seen_overload = False
+    seen_overload, engines = False, int(session.effective.get("engine.processes", 1))
     for left in range(repeats, -1, -1):
         before = read()
         compiled = 0.0
@@ -201,11 +201,11 @@ def timed_window(
             _forget(session)
             window = open_loop(session, requests)
             compiled = window.counters.get("compilations", 0.0)
-            reason = spoilt(window, late_limit_ms) or machine.disturbance(before, read(), foreign_share, steal_share)
+            reason = spoilt(window, late_limit_ms) or machine.disturbance(before, read(), foreign_share, steal_share, engines)
             if not reason:
                 return window
         except SettingsError as overload:
-            reason = machine.disturbance(before, read(), foreign_share, steal_share)
+            reason = machine.disturbance(before, read(), foreign_share, steal_share, engines)
             # A machine that stood still for a moment looks like an engine that cannot keep up: only a second time convinces.
             if not reason and (seen_overload or not left):
                 raise

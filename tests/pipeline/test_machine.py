@@ -29,6 +29,12 @@ def after(**changes: object) -> State:
     return replace(QUIET, at=10.0, **changes)  # type: ignore[arg-type]
 
 
+def test_several_engines_of_ours_are_no_strangers() -> None:
+    seen = after(gpus=(replace(GPU, processes=frozenset({900, 901, 902})),))
+    assert disturbance(QUIET, seen, engines=3) == ""
+    assert "shared with 1 other processes" in disturbance(QUIET, seen, engines=2)
+
+
 def test_our_own_work_disturbs_nobody() -> None:
     assert disturbance(QUIET, after(busy_s=140.0, own_s=50.0)) == ""
     assert shares(QUIET, after(busy_s=140.0, own_s=50.0))["foreign"] == 0.0
