@@ -190,6 +190,8 @@ def _verdict(goal: Goal, baseline: Mapping[str, float], winner: Mapping[str, flo
     noise = f"the baseline differs from itself by up to {floor:.3f}"
     if ratio.low > 1 and ratio.value > floor:
         return "improved", f"{interval}; {noise}; every bound holds"
+    if ratio.high < 1 / floor:
+        return "no_improvement", f"{interval}, which is worse: {noise}"
     if ratio.value <= floor:
         return "no_improvement", f"{interval}, which is no difference: {noise}"
     return "undecided", f"{interval}, which may be no difference; more requests (workload.confirm_requests) or pairs (study.confirm_pairs) would tell"

@@ -86,6 +86,13 @@ def test_an_improvement_below_the_noise_floor_is_no_difference(tmp_path: Path) -
     assert "no difference" in decision.reason
 
 
+def test_what_is_worse_is_called_so(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    decision = decide(lab, lab.windows(3, 10.0), lab.windows(3, 20.0))
+    assert decision.outcome == "no_improvement"
+    assert "which is worse" in decision.reason
+
+
 def test_a_difference_that_more_data_would_settle_is_undecided(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     b = [lab.window(5.0), lab.window(12.0), lab.window(4.0)]
