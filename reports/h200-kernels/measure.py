@@ -35,10 +35,12 @@ from model.kernels.norms import LARGEST  # noqa: E402
 from model.kernels.tiles import KEY_BLOCK, key_tiles, query_tiles  # noqa: E402
 from model.ladder import fitting  # noqa: E402
 from model.network import MTGR, block_flops  # noqa: E402
-from pipeline.contracts import HEADS, Feature, FeatureSchema, RankingRequest  # noqa: E402
+from pipeline.contracts import RankingRequest  # noqa: E402
+from reports import traffic  # noqa: E402
+from reports.traffic import USER  # noqa: E402
 
 GPU = "cuda"
-CANDIDATES, USER = 128, 8
+CANDIDATES = 128
 MIXES = {"all history real-time": 0.0, "half of it static": 0.5}
 """Share of the events that are static: static rows see each other both ways, so the more there are, the more work is useful."""
 HALF, CALIBRATED = "half residual", "calibrated"
@@ -163,33 +165,10 @@ def fuzz() -> list[dict[str, Any]]:
     return rows
 
 
-def _schema() -> FeatureSchema:
-    def features(**rows: int) -> tuple[Feature, ...]:
-        return tuple(Feature(name=name, rows=count) for name, count in rows.items())
-
-    return FeatureSchema(
-        user=features(**{f"user_{i}": 100 for i in range(USER)}),
-        event=features(item=50_000, category=500, action=16, gap=64),
-        candidate=features(item=50_000, category=500, price=50),
-        cross=tuple(f"cross_{i}" for i in range(32)),
-        heads=HEADS,
-    )
-
-
 def _requests(count: int, length: int, static: float) -> list[RankingRequest]:
     rng, events = np.random.default_rng(0), length - CANDIDATES - USER
-    return [
-        RankingRequest(
-            user=rng.integers(0, 100, USER),
-            events=np.stack([rng.integers(0, rows, events) for rows in (50_000, 500, 16, 64)], axis=1),
-            static_count=int(events * static),
-            candidates=np.stack([rng.integers(0, rows, CANDIDATES) for rows in (50_000, 500, 50)], axis=1),
-            cross=rng.normal(size=(CANDIDATES, 32)).astype(np.float32),
-            visible=np.full(CANDIDATES, events - int(events * static)),
-            user_key=number,
-        )
-        for number in range(count)
-    ]
+    schema = traffic.schema()
+    return [traffic.request(schema, number, events, int(events * static), CANDIDATES, rng, rng) for number in range(count)]
 
 
 def _fused(plain: MTGR, numerics: str, requests: list[RankingRequest]) -> FusedMTGR:
@@ -245,7 +224,7 @@ def _graph_ms(replay: Callable[[], None], seconds: float = 0.35) -> float:
 @torch.inference_mode()
 def stack() -> list[dict[str, Any]]:
     """The whole network, cold, from ids on the GPU to probabilities, by CUDA graph; full-length requests of 128 candidates."""
-    schema = _schema()
+    schema = traffic.schema()
     rows = []
     for size in ("small", "base", "large"):
         torch.manual_seed(0)
@@ -281,7 +260,7 @@ def stack() -> list[dict[str, Any]]:
 @torch.inference_mode()
 def profile() -> list[dict[str, Any]]:
     """Where the milliseconds of large go: kernels by time."""
-    schema = _schema()
+    schema = traffic.schema()
     plain = MTGR(SIZES["large"], schema).to(GPU).eval()
     rows = []
     for numerics in ("bf16", FASTEST):
@@ -366,7 +345,7 @@ def engine() -> list[dict[str, Any]]:
     load.quick_switching()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        checkpoint.save(place / "checkpoint", MTGR(SIZES["large"], _schema()))
+        checkpoint.save(place / "checkpoint", MTGR(SIZES["large"], traffic.schema()))
         for precision, residual, inflight in (("bf16", "fp32", 1), ("bf16", "fp32", 2), ("fp8", "half", 1), ("fp8", "half", 2)):
             out = place / f"{precision}-{inflight}"
             out.mkdir()
@@ -405,7 +384,7 @@ def alone() -> list[dict[str, Any]]:
     from pipeline.backends.fused import Batches
 
     torch.manual_seed(0)
-    schema, request = _schema(), _requests(1, 2048, 0.0)
+    schema, request = traffic.schema(), _requests(1, 2048, 0.0)
     network = _fused(MTGR(SIZES["large"], schema).to(GPU).eval(), "bf16", request)
     inputs = [_up(pack_jagged(request, TableRows(schema), 64)[name]) for name in NAMES]
     rows = [{"what": "the network, a graph of just its size, back to back", "ms": _graph_ms(_captured(lambda: network(*inputs, 64)))}]

@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,9 +33,10 @@ from model.config import SIZES  # noqa: E402
 from model.network import MTGR  # noqa: E402
 from pipeline import measure  # noqa: E402
 from pipeline.backends.vllm.backend import BACKEND  # noqa: E402
-from pipeline.contracts import HEADS, Feature, FeatureSchema, RankingRequest, Session  # noqa: E402
+from pipeline.contracts import RankingRequest, Session  # noqa: E402
+from reports import traffic  # noqa: E402
+from reports.traffic import USER  # noqa: E402
 
-USER = 8
 Row = dict[str, Any]
 
 
@@ -77,64 +78,20 @@ ENGINES: dict[str, Row] = {
 SMALL: Row = {"engine.max_num_batched_tokens": 2048, "engine.kv_cache_memory_mib": 256, "engine.enforce_eager": True, "build.precision": "fp32"}
 
 
-def schema() -> FeatureSchema:
-    """Eight user tokens, small tables."""
-
-    def features(**rows: int) -> tuple[Feature, ...]:
-        return tuple(Feature(name=name, rows=count) for name, count in rows.items())
-
-    return FeatureSchema(
-        user=features(**{f"user_{i}": 100 for i in range(USER)}),
-        event=features(item=50_000, category=500, action=16, gap=64),
-        candidate=features(item=50_000, category=500, price=50),
-        cross=tuple(f"cross_{i}" for i in range(32)),
-        heads=HEADS,
-    )
-
-
 def visits(users: int, seed: int) -> list[RankingRequest]:
     """One a user, of full length; histories depend on the user alone, candidates on the seed too."""
-    made, events = [], scale.tokens - scale.candidates - USER
-    offered = np.random.default_rng(seed)
-    for user in range(users):
-        rng = np.random.default_rng([7, user])
-        made.append(
-            RankingRequest(
-                user=rng.integers(0, 100, USER),
-                events=np.stack([rng.integers(0, rows, events) for rows in (50_000, 500, 16, 64)], axis=1),
-                static_count=events // 2,
-                candidates=np.stack([offered.integers(0, rows, scale.candidates) for rows in (50_000, 500, 50)], axis=1),
-                cross=offered.normal(size=(scale.candidates, 32)).astype(np.float32),
-                visible=np.full(scale.candidates, events - events // 2),
-                user_key=user,
-            )
-        )
-    return made
+    schema, events, offered = traffic.schema(), scale.tokens - scale.candidates - USER, np.random.default_rng(seed)
+    return [traffic.request(schema, user, events, events // 2, scale.candidates, np.random.default_rng([7, user]), offered) for user in range(users)]
 
 
 def closed(session: Session, requests: Sequence[RankingRequest], concurrency: int, seconds: float) -> Row:
-    """Requests a second, and the share of histories found: `measure.closed_loop` without its forgetting, which the caller does."""
-    slots, ends = threading.Semaphore(concurrency), list[float]()
-    before, start, count = session.counters(), time.perf_counter(), 0
-
-    def finish(_: Any) -> None:
-        ends.append(time.perf_counter())
-        slots.release()
-
-    while True:
-        slots.acquire()
-        if time.perf_counter() - start >= seconds:
-            break
-        future = session.submit(requests[count % len(requests)])
-        future.add_done_callback(finish)
-        count += 1
-    for _ in range(concurrency - 1):
-        slots.acquire()
-    after = session.counters()
-    told = {name: after[name] - before[name] for name in ("requests", "history_tokens", "cached_tokens", "batches", "compilations")}
+    """Requests a second, and the share of histories found, by a session that is not told to forget when the list is played again."""
+    kept: Any = SimpleNamespace(submit=session.submit, counters=session.counters, effective=session.effective)
+    found = measure.closed_loop(kept, requests, concurrency, seconds)
+    told = found.counters
     return {
         "concurrency": concurrency,
-        "rps": sum(end - start <= seconds for end in ends) / seconds,
+        "rps": found.rate_rps,
         "found": told["cached_tokens"] / max(told["history_tokens"], 1),
         "requests_a_step": told["requests"] / max(told["batches"], 1),
         "compilations": told["compilations"],
@@ -202,7 +159,7 @@ def main(out: Path, names: Sequence[str], tiny: bool) -> None:
     measure.quick_switching()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = MTGR(SIZES[scale.size], schema()).eval()
+    model = MTGR(SIZES[scale.size], traffic.schema()).eval()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder) / "checkpoint", model)
         model.to(device)

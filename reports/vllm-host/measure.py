@@ -37,10 +37,12 @@ from pipeline.backends.vllm import options  # noqa: E402
 from pipeline.backends.vllm.backend import BACKEND  # noqa: E402
 from pipeline.backends.vllm.payload import KEY, decode, encode  # noqa: E402
 from pipeline.backends.vllm.step import plan, rooms  # noqa: E402
-from pipeline.contracts import HEADS, Feature, FeatureSchema, RankingRequest, Session, Settings  # noqa: E402
+from pipeline.contracts import RankingRequest, Session, Settings  # noqa: E402
 from pipeline.requests import validate  # noqa: E402
+from reports import traffic  # noqa: E402
 
-USERS, USER_TOKENS, EVENTS, CANDIDATES, TOKENS = 64, 8, 1912, 128, 2048
+USERS, EVENTS, CANDIDATES, TOKENS = 64, 1912, 128, 2048
+SCHEMA = traffic.schema(items=500, categories=50)
 COMMON: Settings = {"engine.max_num_seqs": 64, "engine.max_num_batched_tokens": 32768, "engine.kv_cache_memory_mib": 256}
 ENGINES: dict[str, Settings] = {
     "block 16": {"engine.block_size": 16},
@@ -50,34 +52,10 @@ ENGINES: dict[str, Settings] = {
 }
 
 
-def schema() -> FeatureSchema:
-    def features(**rows: int) -> tuple[Feature, ...]:
-        return tuple(Feature(name=name, rows=count) for name, count in rows.items())
-
-    return FeatureSchema(
-        user=features(**{f"user_{i}": 100 for i in range(USER_TOKENS)}),
-        event=features(item=500, category=50, action=16, gap=64),
-        candidate=features(item=500, category=50, price=50),
-        cross=tuple(f"cross_{i}" for i in range(32)),
-        heads=HEADS,
-    )
-
-
 def requests() -> list[RankingRequest]:
     """One a user."""
     rng = np.random.default_rng(0)
-    return [
-        RankingRequest(
-            user=rng.integers(0, 100, USER_TOKENS),
-            events=np.stack([rng.integers(0, rows, EVENTS) for rows in (500, 50, 16, 64)], axis=1),
-            static_count=EVENTS // 2,
-            candidates=np.stack([rng.integers(0, rows, CANDIDATES) for rows in (500, 50, 50)], axis=1),
-            cross=rng.normal(size=(CANDIDATES, 32)).astype(np.float32),
-            visible=np.full(CANDIDATES, EVENTS - EVENTS // 2),
-            user_key=user,
-        )
-        for user in range(USERS)
-    ]
+    return [traffic.request(SCHEMA, user, EVENTS, EVENTS // 2, CANDIDATES, rng, rng) for user in range(USERS)]
 
 
 def answered(session: Session, asked: Sequence[RankingRequest], count: int, at_once: int = 64) -> None:
@@ -136,7 +114,7 @@ def parts() -> dict[str, float]:
 
     asked = requests()[:32]
     prompts = [encode(r) for r in asked]
-    known, shape = [decode(p.payload) for p in prompts], schema()
+    known, shape = [decode(p.payload) for p in prompts], SCHEMA
     sent = [
         EngineCoreRequest(
             request_id=str(number),
@@ -189,7 +167,7 @@ def main() -> None:
     options.FIXED["worker_cls"] = "stub.StubWorker"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        checkpoint.save(folder / "checkpoint", MTGR(replace(SIZES["tiny"], layers=1, max_seq_len=TOKENS), schema()))
+        checkpoint.save(folder / "checkpoint", MTGR(replace(SIZES["tiny"], layers=1, max_seq_len=TOKENS), SCHEMA))
         BACKEND.build(folder / "checkpoint", {}, folder / "engine")
         print(f"{'CPU us a request':20}" + "".join(f"{word:>9}" for word in ("front", "core", "worker", "found", "a step", "a second")))
         for name, settings in ENGINES.items():

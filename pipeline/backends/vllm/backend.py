@@ -18,7 +18,7 @@ from pipeline import gpu
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.vllm import options
-from pipeline.backends.vllm.processes import Processes, Task, divided
+from pipeline.backends.vllm.processes import Processes, Task, divided, end
 from pipeline.backends.vllm.session import Engine, VllmSession
 from pipeline.backends.vllm.words import Words
 from pipeline.contracts import Settings
@@ -92,7 +92,7 @@ class Vllm:
         left: set[psutil.Process] = set()
 
         def close() -> None:
-            _end(left | (_below() - before))
+            end(left | (_below() - before), CLOSE_S)
 
         def start() -> Engine:
             return _start(folder / SERVED, asked)
@@ -167,14 +167,3 @@ def _below() -> set[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-def _end(processes: set[psutil.Process]) -> None:
-    """Wait for these to end, and kill what does not: a worker outlives a core that was killed."""
-    _, alive = psutil.wait_procs(processes, CLOSE_S)
-    for process in alive:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(alive, CLOSE_S)

@@ -54,11 +54,10 @@ def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) 
         args["kv_cache_memory_bytes"] = mib * MIB
     if "engine.cudagraph_capture_tokens" in settings:
         args.update(_graphs(int(settings["engine.cudagraph_capture_tokens"]), args))
-    if quantised := str(settings.get("engine.quantization", "none")) != "none":
-        args["additional_config"] = {**args.get("additional_config", {}), "fp8": True}
     _check(args)
-    if quantised:
-        _check_quantised(str(settings["engine.quantization"]), args)
+    if (how := str(settings.get("engine.quantization", "none"))) != "none":
+        _check_quantised(how, args)
+        args["additional_config"] = {**args.get("additional_config", {}), "fp8": True}
     tier = host_tier(float(settings.get("engine.host_cache_gib", 0)), args)
 
     from vllm.config import KVTransferConfig, PoolerConfig

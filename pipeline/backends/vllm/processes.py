@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from itertools import count
@@ -26,8 +26,9 @@ import numpy as np
 import psutil
 
 from pipeline import errors
+from pipeline.backends.vllm.session import full
 from pipeline.contracts import FeatureSchema, RankingRequest, Scores, Settings
-from pipeline.errors import AutotuneError, InvalidRequest, MachineError, Overloaded, SettingsError
+from pipeline.errors import AutotuneError, InvalidRequest, MachineError, SettingsError
 from pipeline.requests import validate
 
 START = f"import sys; from {__name__} import member; member(sys.argv[1], int(sys.argv[2]))"
@@ -37,6 +38,8 @@ ANSWER_S = 15.0
 """How long a member is waited for when it is asked for its counters."""
 CLOSE_S = 60.0
 """How long members may take to finish what they have and to end their engines."""
+KILLED_S = 5.0
+"""How long a killed process may take to be gone."""
 RESERVE_MIB = 4096
 """Of GPU memory for each engine besides its weights and its pages: CUDA's context, a step's tensors, graphs."""
 LEAST_MIB = 256
@@ -120,9 +123,7 @@ class Processes:
                 return future
             if (waiting := sum(map(len, self._open))) >= self._limit:
                 self._rejected += 1
-                future.set_exception(
-                    Overloaded(f"at most {self._limit} requests may be with vLLM, {waiting} are; retry later, send less, or raise the limit")
-                )
+                future.set_exception(full(self._limit, waiting))
                 return future
             self._open[index][number] = future
             self._outboxes[index].send(message)
@@ -206,11 +207,7 @@ class Processes:
         for member in self._members:
             with suppress(subprocess.TimeoutExpired):
                 member.wait(seconds)
-        _, alive = psutil.wait_procs(family, 1.0)
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, 5.0)
+        end(family, 1.0)
         import zmq
 
         waker = self._context.socket(zmq.PUSH)
@@ -219,6 +216,15 @@ class Processes:
         self._reader.join()
         self._context.destroy(linger=0)
         self._folder.cleanup()
+
+
+def end(processes: Collection[psutil.Process], seconds: float) -> None:
+    """Wait for these to end, and kill what does not: a worker outlives a core that was killed."""
+    _, alive = psutil.wait_procs(processes, seconds)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, KILLED_S)
 
 
 def member_of(request: RankingRequest, number: int) -> int:

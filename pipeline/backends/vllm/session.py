@@ -111,9 +111,7 @@ class VllmSession:
                 return future
             if len(self._open) >= self._limit:
                 self._totals["rejected"] += 1
-                future.set_exception(
-                    Overloaded(f"at most {self._limit} requests may be with vLLM, {self._limit} are; retry later, send less, or raise the limit")
-                )
+                future.set_exception(full(self._limit, len(self._open)))
                 return future
             name, generation = str(next(self._names)), self._generation
             self._open[name] = Waiting(future, len(request.user) + len(request.events), len(request.candidates))
@@ -248,3 +246,8 @@ def _tell(future: Future[Scores], what: Scores | Exception) -> None:
         future.set_exception(what)
     else:
         future.set_result(what)
+
+
+def full(limit: int, waiting: int) -> Overloaded:
+    """Why a request is turned away."""
+    return Overloaded(f"at most {limit} requests may be with vLLM, {waiting} are; retry later, send less, or raise the limit")
