@@ -84,11 +84,14 @@ def tune(arguments: Sequence[str]) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """Measure the engines at their defaults and the pinned settings, as a trial does."""
-    from pipeline.bench import bench
+    from pipeline.bench import EXPERIMENTS, experiment
+    from pipeline.bench.engines import bench
     from pipeline.config import compose
     from pipeline.contracts import Outcome
     from pipeline.terminal import print_table
 
+    if arguments and arguments[0] in EXPERIMENTS:
+        return experiment(arguments[0], arguments[1:])
     config, _ = compose(arguments, "bench")
     with _view("bench") as view, view.stage("bench"):
         found = bench(config, view.line)

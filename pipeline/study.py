@@ -25,31 +25,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipeline import goals
+from pipeline import goals, optuna_space, samplers
 from pipeline.config import StudyConfig
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
 from pipeline.environment import differences
 from pipeline.errors import UserError
 from pipeline.records import TrialRecord, read_json, write_json
-from search_spaces.common import SERVE
-from search_spaces.space import Choice, Int, Knob, Space, Value
+from search_spaces.space import Space, Value
 
 INFEASIBLE_EXCESS = 1e6
 """Stands for 'refused': beyond any measured excess, which is a share of its limit."""
-STARTUP_TRIALS = 6
-"""Observations before TPE takes over from uniform draws; the baseline and the presets are among them."""
 DUPLICATES = 10
 """Repeats in a row taken from the sampler before a new point is drawn at random."""
 RANDOM_DRAWS = 500
 """Random points tried before the space counts as used up."""
-BACKEND = "backend"
 SEARCH_ROLES = ("preset", "sampled")
 
 
@@ -112,25 +107,39 @@ class _QuickConnection(sqlite3.Connection):
         self.execute("PRAGMA synchronous=NORMAL").close()
 
 
+def _database(folder: Path) -> BaseStorage:
+    return RDBStorage(f"sqlite:///{folder.resolve() / 'study.db'}", engine_kwargs={"connect_args": {"factory": _QuickConnection}})
+
+
 class Search:
     """One study's search, opened once its baseline is measured. One process at a time (`alone`)."""
 
-    def __init__(self, folder: Path, spaces: Mapping[str, Space], goal: Goal, config: StudyConfig, trials: Sequence[TrialRecord]) -> None:
-        """`goal` is resolved; `trials` are the folders there are, the baseline first and measured."""
+    def __init__(
+        self,
+        folder: Path,
+        spaces: Mapping[str, Space],
+        goal: Goal,
+        config: StudyConfig,
+        trials: Sequence[TrialRecord],
+        storage: BaseStorage | None = None,
+    ) -> None:
+        """`goal` is resolved; `trials` are the folders there are, the baseline first and measured. `storage` is study.db where none is given."""
         self._folder, self._spaces, self._goal, self._config = folder, dict(spaces), goal, config
         self._records = {record.number: record for record in trials}
         self._failed: list[bool] = []
-        self._asked: tuple[Point, Trial] | None = None
+        self._asked: dict[int, tuple[Point, Trial]] = {}
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # A changed space (study.resume=force) gets a sampler memory of its own, filled from the folders.
         self._study = optuna.create_study(
-            storage=RDBStorage(f"sqlite:///{folder.resolve() / 'study.db'}", engine_kwargs={"connect_args": {"factory": _QuickConnection}}),
+            storage=storage or _database(folder),
             study_name=f"{config.name} {_identity(self._spaces, goal)}",
             directions=["maximize" if objective.maximize else "minimize" for objective in goal.objectives],
             load_if_exists=True,
         )
-        self._study.sampler = self._sampler()
+        # Not the bare seed: a resumed study would draw its first points again.
+        seed = (config.seed * 1_000_003 + len(self._study.get_trials(deepcopy=False))) % 2**32
+        self._study.sampler = samplers.make(config.sampler, seed)
         self._catch_up()
 
     def ask(self) -> Point | None:
@@ -142,7 +151,7 @@ class Search:
             if attempt == DUPLICATES and not self._enqueue_anything_new():
                 return None
             trial = self._study.ask()
-            backend, settings = self._suggest(trial)
+            backend, settings = optuna_space.suggest(trial, self._spaces)
             known = self._known(backend, settings)
             if known is None:
                 number = trial.user_attrs.get("number")
@@ -154,19 +163,17 @@ class Search:
                 )
                 trial.set_user_attr("number", point.number)
                 trial.set_user_attr("role", point.role)
-                self._asked = point, trial
+                self._asked[point.number] = point, trial
                 return point
             assert known.measurement is not None
             self._pass_on(trial, known.measurement)
         return None
 
     def tell(self, record: TrialRecord) -> TrialRecord:
-        """Take in what came of the point last asked for. Returns the record, which is FAILED where a figure the goal needs is missing."""
-        assert self._asked is not None, "tell comes after ask"
+        """Take in what came of a point asked for. Returns the record, which is FAILED where a figure the goal needs is missing."""
         assert record.measurement is not None, "only finished trials are told"
-        point, trial = self._asked
-        assert point.number == record.number
-        self._asked = None
+        assert record.number in self._asked, "tell comes after ask"
+        _, trial = self._asked.pop(record.number)
         record = complete(record, self._goal)
         assert record.measurement is not None
         self._records[record.number] = record
@@ -204,13 +211,6 @@ class Search:
         measured = {n: r.metrics for n, r in self._records.items() if r.order.role in roles and r.outcome is Outcome.MEASURED}
         return goals.pareto(self._goal, {n: m for n, m in measured.items() if n == 0 or goals.feasible(self._goal, m)})
 
-    def _sampler(self) -> optuna.samplers.BaseSampler:
-        # Not the bare seed: a resumed study would draw its first points again.
-        seed = (self._config.seed * 1_000_003 + len(self._study.get_trials(deepcopy=False))) % 2**32
-        if self._config.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=STARTUP_TRIALS)
-
     def _catch_up(self) -> None:
         """Bring the sampler's memory in line with the folders, whatever moment the last run was cut off at."""
         lost: list[FrozenTrial] = []
@@ -229,7 +229,7 @@ class Search:
             elif record.outcome is not Outcome.FAILED:
                 self._add(complete(record, self._goal))
         for trial in lost:  # asked for, but the folder was not written yet
-            if trial.user_attrs.get("number") not in self._records and BACKEND in trial.params:
+            if trial.user_attrs.get("number") not in self._records and optuna_space.BACKEND in trial.params:
                 self._study.enqueue_trial(trial.params, user_attrs={"role": trial.user_attrs.get("role", "sampled")})
         if not any(t.user_attrs.get("role") == "preset" for t in past):
             for backend, settings in self._presets():
@@ -242,19 +242,6 @@ class Search:
             for one in ideas:
                 if rank < len(one) and self._known(*one[rank]) is None:
                     yield one[rank]
-
-    def _suggest(self, trial: Trial) -> tuple[str, dict[str, Value]]:
-        backend = str(trial.suggest_categorical(BACKEND, tuple(self._spaces)))
-
-        def pick(knob: Knob) -> Value:
-            name = _name(backend, knob)
-            if isinstance(knob, Choice):
-                return cast(Value, trial.suggest_categorical(name, knob.options))
-            if isinstance(knob, Int):
-                return trial.suggest_int(name, knob.low, knob.high, step=knob.step, log=knob.log)
-            return trial.suggest_float(name, knob.low, knob.high, step=knob.step, log=knob.log)
-
-        return backend, self._spaces[backend].draw(pick)
 
     def _pass_on(self, trial: Trial, measurement: Measurement) -> None:
         """Tell Optuna, as the module's docstring says."""
@@ -272,7 +259,7 @@ class Search:
 
     def _add(self, record: TrialRecord) -> None:
         """Tell a finished trial that Optuna never asked for, or forgot."""
-        params = self._params(record.order.backend, record.order.settings)
+        params = optuna_space.params(self._spaces, record.order.backend, record.order.settings)
         if params is None or record.measurement is None:
             return
         measured = record.outcome is Outcome.MEASURED
@@ -288,29 +275,9 @@ class Search:
         self._study.add_trial(trial)
 
     def _enqueue(self, backend: str, settings: Settings, attributes: dict[str, Any]) -> None:
-        params = self._params(backend, settings)
+        params = optuna_space.params(self._spaces, backend, settings)
         if params is not None:
             self._study.enqueue_trial({name: value for name, (value, _) in params.items()}, user_attrs=attributes)
-
-    def _params(self, backend: str, settings: Settings) -> dict[str, tuple[Value, BaseDistribution]] | None:
-        """Optuna's view of a point; None where it lies outside the space of now."""
-        space = self._spaces.get(backend)
-        if space is None:
-            return None
-        params: dict[str, tuple[Value, BaseDistribution]] = {BACKEND: (backend, CategoricalDistribution(tuple(self._spaces)))}
-        outside = False
-
-        def pick(knob: Knob) -> Value:
-            nonlocal outside
-            value: Value = settings.get(knob.name, "")
-            if not knob.allows(value):
-                outside = True
-                return knob.options[0] if isinstance(knob, Choice) else knob.low
-            params[_name(backend, knob)] = value, _distribution(knob)
-            return value
-
-        point = space.draw(pick)
-        return None if outside or point != dict(settings) else params
 
     def _known(self, backend: str, settings: Settings) -> TrialRecord | None:
         """A record of that very point that the sampler may learn from."""
@@ -324,7 +291,7 @@ class Search:
         rng = random.Random(len(self._study.get_trials(deepcopy=False)))
         for _ in range(RANDOM_DRAWS):
             backend = rng.choice(tuple(self._spaces))
-            settings = self._spaces[backend].draw(lambda knob: _anything(rng, knob))
+            settings = self._spaces[backend].draw(lambda knob: optuna_space.anything(rng, knob))
             if self._known(backend, settings) is None:
                 self._enqueue(backend, settings, {"role": "sampled"})
                 return True
@@ -349,26 +316,3 @@ def _identity(spaces: Mapping[str, Space], goal: Goal) -> str:
     """Tells spaces and goals apart; Optuna cannot mix two in one study."""
     text = json.dumps([[repr(space) for space in spaces.values()], repr(goal.objectives)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _name(backend: str, knob: Knob) -> str:
-    """Optuna's name of a knob: what the batcher's knobs do is learnt across engines, all else is the engine's own."""
-    return knob.name if knob in SERVE else f"{backend}:{knob.name}"
-
-
-def _distribution(knob: Knob) -> BaseDistribution:
-    if isinstance(knob, Choice):
-        return CategoricalDistribution(knob.options)
-    if isinstance(knob, Int):
-        return IntDistribution(knob.low, knob.high, log=knob.log, step=knob.step)
-    return FloatDistribution(knob.low, knob.high, log=knob.log, step=knob.step)
-
-
-def _anything(rng: random.Random, knob: Knob) -> Value:
-    if isinstance(knob, Choice):
-        return rng.choice(knob.options)
-    if isinstance(knob, Int):
-        return rng.randrange(knob.low, knob.high + 1, knob.step)
-    if knob.step is not None:
-        return knob.low + knob.step * rng.randint(0, int((knob.high - knob.low) / knob.step))
-    return rng.uniform(knob.low, knob.high)

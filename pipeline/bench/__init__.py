@@ -1,0 +1,18 @@
+"""Commands that print figures: `python -m pipeline bench [WHAT]`.
+
+Without a word it measures engines (`engines`). Every other word is a module here whose `main(arguments)` prints a table about the tuner
+itself and returns the exit code; it needs no GPU and no data set unless its docstring says so. No test times anything: these do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+EXPERIMENTS: tuple[str, ...] = ()
+"""Words after `bench`, each a module of this folder."""
+
+
+def experiment(word: str, arguments: Sequence[str]) -> int:
+    """Run one of EXPERIMENTS; its exit code."""
+    return int(import_module(f"pipeline.bench.{word}").main(arguments))
