@@ -92,9 +92,8 @@ class Recording:
                     raise MachineError(f"the baseline cannot be measured: {record.measurement and record.measurement.reason}")
                 rate = rate or self.config.measure.load * record.metrics["throughput_rps/peak"]
             left = (len(orders) - number - 1) * (time.monotonic() - began) / max(1, run) / 60
-            say(
-                f"{number + 1}/{len(orders)} {backend} {record.outcome} {record.metrics.get('latency_ms/p99', float('nan')):.2f} ms, {left:.0f} min left"
-            )
+            p99 = record.metrics.get("latency_ms/p99", float("nan"))
+            say(f"{number + 1}/{len(orders)} {backend} {record.outcome} p99 {p99:.2f} ms, {left:.0f} min left")
         return self._landscape(found, rate)
 
     def _measured(self, order: Order) -> tuple[TrialRecord, bool]:
