@@ -267,25 +267,26 @@ class Step:
     record: Played
 
 
-def search(world: World, reference: Reference, config: StudyConfig, seconds: float = math.inf) -> list[Step]:
-    """Play a whole search: the baseline, then up to `config.trials` points, none begun after `seconds`. The same for the same seed."""
+def search(
+    world: World, reference: Reference, config: StudyConfig, *, sampler: str = "", hints: Sequence[tuple[str, Settings]] = ()
+) -> Iterator[Step]:
+    """Play a search step by step: the baseline, then up to `config.trials` points; leave it when enough is spent. The same for the same seed.
+
+    `sampler` replaces the configured one by any that `samplers` makes, `hints` are what a warm start would try.
+    """
     engine = Engine(world, config.seed)
     backend, space = next(iter(world.spaces.items()))
     baseline = engine.trial(0, "baseline", backend, space.point({}))
     while baseline.outcome is Outcome.FAILED:  # a study insists on its baseline
         baseline = engine.trial(0, "baseline", backend, space.point({}))
-    running = study.Search(Path(), world.spaces, reference.goal, config, [baseline], InMemoryStorage())
+    running = study.Search(Path(), world.spaces, reference.goal, config, [baseline], InMemoryStorage(), sampler, hints)
     start = best = reference.regret(backend, baseline.order.settings)
-    steps = [Step(seconds=engine.seconds, regret=start, best=best, record=baseline)]
-    while running.done < config.trials and engine.seconds < seconds and not running.stop_reason():
-        point = running.ask()
-        if point is None:
-            break
+    yield Step(seconds=engine.seconds, regret=start, best=best, record=baseline)
+    while running.done < config.trials and not running.stop_reason() and (point := running.ask()):
         record = engine.trial(point.number, point.role, point.backend, point.settings)
         running.tell(record)
         ranked = running.ranked()
         chosen = reference.regret(ranked[0].order.backend, ranked[0].order.settings) if ranked else start
         if record.outcome is Outcome.MEASURED:
             best = min(best, reference.regret(point.backend, point.settings))
-        steps.append(Step(seconds=engine.seconds, regret=chosen, best=best, record=record))
-    return steps
+        yield Step(seconds=engine.seconds, regret=chosen, best=best, record=record)
