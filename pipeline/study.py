@@ -206,12 +206,19 @@ class Search:
         return sum(record.outcome is not None and record.order.role in SEARCH_ROLES for record in self._records.values())
 
     def ranked(self) -> list[TrialRecord]:
-        """Feasible points that beat the baseline's figures, or any figures of a baseline that breaks a bound; best first."""
+        """Feasible points that beat the baseline's figures, or any figures of a baseline that breaks a bound; best first.
+
+        Best by the figure, or by what our own sampler's model makes of it and its neighbours: the first of many figures is the luckiest.
+        """
         baseline = self._records[0].metrics
         least = 1.0 if goals.feasible(self._goal, baseline) else 0.0
         found = [r for r in self._records.values() if r.order.role in SEARCH_ROLES and r.outcome is Outcome.MEASURED]
         found = [r for r in found if goals.feasible(self._goal, r.metrics) and goals.improvement(self._goal, r.metrics, baseline) > least]
-        return sorted(found, key=lambda r: -goals.improvement(self._goal, r.metrics, baseline))
+        if self._proposer is None or not found:
+            return sorted(found, key=lambda r: -goals.improvement(self._goal, r.metrics, baseline))
+        measured = [r for r in self._records.values() if r.outcome is Outcome.MEASURED and r.order.role != "noise"]
+        expected = dict(zip((r.number for r in measured), self._proposer.expected(measured), strict=True))
+        return sorted(found, key=lambda r: expected[r.number])
 
     def front(self) -> tuple[int, ...]:
         """Numbers of the feasible trials, the baseline among them, that none other beats in every objective."""
