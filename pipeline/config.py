@@ -99,7 +99,9 @@ class StudyConfig:
     """Limit of the search stage; 0 means none."""
     seed: int = 0
     sampler: str = "tpe"
-    """tpe or random."""
+    """bayes, tpe or random."""
+    warm_start: str = ""
+    """Folder of an earlier study, of another model, data set or machine: its best points are tried after the presets. Empty means none."""
     deadline_s: float = 120.0
     """A trial that takes longer is killed."""
     memory_mib: float = 0.0
@@ -117,7 +119,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if not self.name or any(c in self.name for c in "/\\ ") or self.name.startswith("."):
             raise UserError(f"study.name becomes a folder's name and takes letters, digits, '-' and '_', got {self.name!r}")
-        for name, legal in (("sampler", ("tpe", "random")), ("resume", ("auto", "force", "never"))):
+        for name, legal in (("sampler", ("bayes", "tpe", "random")), ("resume", ("auto", "force", "never"))):
             if getattr(self, name) not in legal:
                 raise UserError(f"study.{name} is one of {', '.join(legal)}, got {getattr(self, name)!r}")
         for name in ("trials", "confirm_pairs", "noise_windows"):

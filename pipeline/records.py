@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pipeline.contracts import Bound, Candidate, Goal, Measurement, Objective, Outcome, Settings
 from pipeline.errors import UserError
 
-ROLES = ("baseline", "noise", "preset", "sampled", "confirm")
+ROLES = ("baseline", "noise", "preset", "warm", "sampled", "confirm")
 VERDICTS = ("improved", "no_improvement", "undecided")
 
 
@@ -121,6 +121,8 @@ class StudyRecord:
     heads: tuple[str, ...]
     fixed: Mapping[str, str] = field(default_factory=dict)
     """The configuration that must not change between a start and a resume, flattened."""
+    warm: tuple[tuple[str, Settings], ...] = ()
+    """Points taken over from the study that `study.warm_start` names, in `fixed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,8 +243,9 @@ def read_study(folder: Path) -> StudyFolder:
     raw = read_json(folder / "study.json")
     goal = raw.pop("goal")
     record = StudyRecord(
-        **{name: raw[name] for name in StudyRecord.__dataclass_fields__ if name in raw and name not in ("goal", "heads")},
+        **{name: raw[name] for name in StudyRecord.__dataclass_fields__ if name in raw and name not in ("goal", "heads", "warm")},
         heads=tuple(raw["heads"]),
+        warm=tuple((backend, settings) for backend, settings in raw.get("warm", ())),
         goal=Goal(objectives=tuple(Objective(**o) for o in goal["objectives"]), bounds=tuple(Bound(**b) for b in goal["bounds"])),
     )
     return StudyFolder(

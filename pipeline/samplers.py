@@ -1,18 +1,36 @@
-"""Who proposes the next point: Optuna's samplers by the names that `study.sampler` takes.
+"""Who proposes the next point, by the names that `study.sampler` takes: our own `surrogate`, or one of Optuna's.
 
-Left out: presets, duplicates, warm starts and what is told of a trial (`study`).
+RIVALS are there to be compared with (`bench search`). Left out: presets, duplicates, warm starts and what is told of a trial (`study`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import optuna
 
+from pipeline.contracts import Goal
+from pipeline.surrogate import Bayes
+from search_spaces.space import Space
+
+RIVALS = ("gp", "nsga2", "cmaes")
 STARTUP_TRIALS = 6
 """Observations before TPE takes over from uniform draws; the baseline and the presets are among them."""
 
 
 def make(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """The sampler of that name: tpe or random."""
-    if name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=STARTUP_TRIALS)
+    """Optuna's sampler of that name: tpe, random or one of RIVALS. For `bayes` random draws, which complete what it proposes."""
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=STARTUP_TRIALS)
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, independent_sampler=optuna.samplers.RandomSampler(seed=seed))
+    if name == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=10)
+    if name == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, warn_independent_sampling=False)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def proposer(name: str, spaces: Mapping[str, Space], goal: Goal, seed: int) -> Bayes | None:
+    """What chooses whole points itself, from the records: `bayes`; None for Optuna's, which choose knob by knob."""
+    return Bayes(spaces, goal, seed) if name == "bayes" else None

@@ -45,7 +45,7 @@ DUPLICATES = 10
 """Repeats in a row taken from the sampler before a new point is drawn at random."""
 RANDOM_DRAWS = 500
 """Random points tried before the space counts as used up."""
-SEARCH_ROLES = ("preset", "sampled")
+SEARCH_ROLES = ("preset", "warm", "sampled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,14 @@ class Search:
         config: StudyConfig,
         trials: Sequence[TrialRecord],
         storage: BaseStorage | None = None,
+        sampler: str = "",
+        hints: Sequence[tuple[str, Settings]] = (),
     ) -> None:
-        """`goal` is resolved; `trials` are the folders there are, the baseline first and measured. `storage` is study.db where none is given."""
+        """`goal` is resolved; `trials` are the folders there are, the baseline first and measured. `storage` is study.db where none is given.
+
+        `sampler` replaces the configured one by any that `samplers` makes. `hints` are points to try after the presets (`warm`).
+        """
+        self._hints = tuple(hints)
         self._folder, self._spaces, self._goal, self._config = folder, dict(spaces), goal, config
         self._records = {record.number: record for record in trials}
         self._failed: list[bool] = []
@@ -139,7 +145,8 @@ class Search:
         )
         # Not the bare seed: a resumed study would draw its first points again.
         seed = (config.seed * 1_000_003 + len(self._study.get_trials(deepcopy=False))) % 2**32
-        self._study.sampler = samplers.make(config.sampler, seed)
+        self._study.sampler = samplers.make(sampler or config.sampler, seed)
+        self._proposer = samplers.proposer(sampler or config.sampler, self._spaces, goal, seed)
         self._catch_up()
 
     def ask(self) -> Point | None:
@@ -150,6 +157,7 @@ class Search:
         for attempt in range(DUPLICATES + 1):
             if attempt == DUPLICATES and not self._enqueue_anything_new():
                 return None
+            self._propose()
             trial = self._study.ask()
             backend, settings = optuna_space.suggest(trial, self._spaces)
             known = self._known(backend, settings)
@@ -198,12 +206,19 @@ class Search:
         return sum(record.outcome is not None and record.order.role in SEARCH_ROLES for record in self._records.values())
 
     def ranked(self) -> list[TrialRecord]:
-        """Feasible points that beat the baseline's figures, or any figures of a baseline that breaks a bound; best first."""
+        """Feasible points that beat the baseline's figures, or any figures of a baseline that breaks a bound; best first.
+
+        Best by the figure, or by what our own sampler's model makes of it and its neighbours: the first of many figures is the luckiest.
+        """
         baseline = self._records[0].metrics
         least = 1.0 if goals.feasible(self._goal, baseline) else 0.0
         found = [r for r in self._records.values() if r.order.role in SEARCH_ROLES and r.outcome is Outcome.MEASURED]
         found = [r for r in found if goals.feasible(self._goal, r.metrics) and goals.improvement(self._goal, r.metrics, baseline) > least]
-        return sorted(found, key=lambda r: -goals.improvement(self._goal, r.metrics, baseline))
+        if self._proposer is None or not found:
+            return sorted(found, key=lambda r: -goals.improvement(self._goal, r.metrics, baseline))
+        measured = [r for r in self._records.values() if r.outcome is Outcome.MEASURED and r.order.role != "noise"]
+        expected = dict(zip((r.number for r in measured), self._proposer.expected(measured), strict=True))
+        return sorted(found, key=lambda r: expected[r.number])
 
     def front(self) -> tuple[int, ...]:
         """Numbers of the feasible trials, the baseline among them, that none other beats in every objective."""
@@ -234,6 +249,9 @@ class Search:
         if not any(t.user_attrs.get("role") == "preset" for t in past):
             for backend, settings in self._presets():
                 self._enqueue(backend, settings, {"role": "preset"})
+        if not any(t.user_attrs.get("role") == "warm" for t in past):
+            for backend, settings in self._hints:
+                self._enqueue(backend, settings, {"role": "warm"})
 
     def _presets(self) -> Iterator[tuple[str, Settings]]:
         """The first idea of every engine before the second of any, so that a short search has seen them all."""
@@ -286,6 +304,13 @@ class Search:
             if same and record.outcome in (Outcome.MEASURED, Outcome.INFEASIBLE) and record.order.role != "noise":
                 return record
         return None
+
+    def _propose(self) -> None:
+        """Queue what a proposer of whole points wants, where nothing else waits."""
+        if self._proposer is None or self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            return
+        pending = [(point.backend, point.settings) for point, _ in self._asked.values()]
+        self._enqueue(*self._proposer.propose(tuple(self._records.values()), pending), {"role": "sampled"})
 
     def _enqueue_anything_new(self) -> bool:
         rng = random.Random(len(self._study.get_trials(deepcopy=False)))

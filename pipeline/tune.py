@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from pipeline import artifact, confirm, goals, report, stages, study
+from pipeline import artifact, confirm, goals, report, stages, study, warm
 from pipeline.config import TuneConfig
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
 from pipeline.environment import fingerprint
@@ -192,10 +192,18 @@ class _Run:
             skipped=self.skipped,
             heads=self.checkpoint.heads,
             fixed=self._fixed(),
+            warm=self.record.warm if self.record else self._warm(),
         )
         write_study(self.folder, self.record)
         if self.tracker:
             self.tracker.start_study(self.folder)
+
+    def _warm(self) -> tuple[tuple[str, Settings], ...]:
+        """Points of the earlier study that the configuration names."""
+        if not self.config.study.warm_start:
+            return ()
+        assert self.goal is not None
+        return tuple(warm.read(Path(self.config.study.warm_start), self.goal, self.spaces))
 
     def quantise(self) -> None:
         """A checkpoint for every recipe the search can reach; a recipe that cannot be made leaves the search, and the table says so."""
@@ -233,7 +241,8 @@ class _Run:
         """Ask, run, tell, until the budget is spent, nothing is left, too much failed, or the user has seen enough. Returns why it broke off."""
         assert self.goal is not None
         resolved, config = goals.resolve(self.goal, baseline[0].metrics), self.config.study
-        search = study.Search(self.folder, self.spaces, resolved, config, read_study(self.folder).trials)
+        past = read_study(self.folder)
+        search = study.Search(self.folder, self.spaces, resolved, config, past.trials, hints=past.record.warm)
         began, trouble = time.monotonic(), ""
         try:
             while search.done < config.trials and not trouble and not self._out_of_time(search, began):

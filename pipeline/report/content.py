@@ -247,6 +247,11 @@ def trials(study: StudyFolder) -> list[Block]:
         return []
     metric = study.record.goal.objectives[0].metric
     blocks: list[Block] = []
+    if study.record.warm:
+        tried = [str(trial.number) for trial in study.trials if trial.order.role == "warm"]
+        source = study.record.fixed.get("study.warm_start", "an earlier study")
+        said = f"Trials {', '.join(tried) or '(none yet)'} are points that did well in {source}; only their settings were taken over."
+        blocks.append(Text(text=said))
     if drawn := figures.timeline(study):
         caption = (
             "A mark where each trial ended; crosses on the upper edge were not measured. The steps are the best figure so far that keeps every limit."
