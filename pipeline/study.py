@@ -5,8 +5,9 @@ so a `kill -9` at any moment loses no finished trial. How outcomes reach the sam
 
 - MEASURED is COMPLETE with the objectives' figures and one constraint a bound. TPE sorts trials with a positive constraint after all
   feasible ones, by the sum of what is exceeded.
-- INFEASIBLE is PRUNED with one constraint of INFEASIBLE_EXCESS and no value. TPE looks at the constraints before the state and never at
-  a value of such a trial, so none is made up; it sorts after every measured point.
+- INFEASIBLE is PRUNED with one constraint of INFEASIBLE_EXCESS, named by its kind (`FAULTS`), and no value. TPE looks at the constraints before
+  the state and never at a value of such a trial, so none is made up; it sorts after every measured point. By how much memory was exceeded makes no
+  difference: TPE ranks refused points only where fewer than a tenth of all trials were measured.
 - FAILED is FAIL, which no sampler reads.
 
 Left out: running trials (`launcher`), and what a goal means (`goals`).
@@ -36,7 +37,7 @@ from pipeline.config import StudyConfig
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
 from pipeline.environment import differences
 from pipeline.errors import UserError
-from pipeline.records import TrialRecord, read_json, write_json
+from pipeline.records import TrialRecord, kind_of, read_json, write_json
 from search_spaces.space import Space, Value
 
 INFEASIBLE_EXCESS = 1e6
@@ -265,7 +266,7 @@ class Search:
 
     def _constraints(self, measurement: Measurement) -> dict[str, float]:
         if measurement.outcome is Outcome.INFEASIBLE:
-            return {"refused": INFEASIBLE_EXCESS}
+            return {kind_of(measurement): INFEASIBLE_EXCESS}
         return goals.excess(self._goal, measurement.metrics) if measurement.outcome is Outcome.MEASURED else {}
 
     def _add(self, record: TrialRecord) -> None:
