@@ -20,8 +20,8 @@ HEADS = ("recommendation", "engagement", "retention", "monetization")
 """Order of the score columns, everywhere."""
 
 FAULTS = ("out_of_memory", "refused", "too_slow", "overloaded", "crashed", "wrong", "ignored_knob")
-"""How settings fail. refused: in the engine's own words; too_slow: over the deadline; overloaded: cannot keep up with the offered load; crashed: twice
-alike; wrong: scores that are not the model's; ignored_knob: the engine runs with other settings than asked.
+"""How settings fail. refused: in the engine's own words; too_slow: over the deadline; overloaded: cannot keep up with the offered load;
+crashed: twice alike; wrong: scores that are not the model's; ignored_knob: the engine runs with other settings than asked.
 """
 
 Settings = Mapping[str, bool | int | float | str]

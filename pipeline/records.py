@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pipeline.contracts import Bound, Candidate, Goal, Measurement, Objective, Outcome, Settings
 from pipeline.errors import UserError
 
-ROLES = ("baseline", "noise", "preset", "warm", "sampled", "confirm")
+ROLES = ("baseline", "noise", "preset", "warm", "sampled", "neighbour", "confirm")
 VERDICTS = ("improved", "no_improvement", "undecided")
 
 

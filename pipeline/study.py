@@ -32,7 +32,7 @@ import optuna
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipeline import goals, optuna_space, samplers
+from pipeline import goals, neighbours, optuna_space, samplers
 from pipeline.config import StudyConfig
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
 from pipeline.environment import differences
@@ -46,7 +46,7 @@ DUPLICATES = 10
 """Repeats in a row taken from the sampler before a new point is drawn at random."""
 RANDOM_DRAWS = 500
 """Random points tried before the space counts as used up."""
-SEARCH_ROLES = ("preset", "warm", "sampled")
+SEARCH_ROLES = ("preset", "warm", "sampled", "neighbour")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +203,20 @@ class Search:
 
     @property
     def done(self) -> int:
-        """Finished points of the search, the baseline and its repeats not counted."""
-        return sum(record.outcome is not None and record.order.role in SEARCH_ROLES for record in self._records.values())
+        """Finished points of the search, the baseline, its repeats and the winner's neighbours not counted."""
+        return self._finished(SEARCH_ROLES) - self.checked
+
+    @property
+    def checked(self) -> int:
+        """Finished neighbours of the winner (`neighbours`)."""
+        return self._finished((neighbours.ROLE,))
+
+    def want(self, backend: str, settings: Settings) -> None:
+        """Have a neighbour of the winner asked for next."""
+        self._enqueue(backend, settings, {"role": neighbours.ROLE})
+
+    def _finished(self, roles: Sequence[str]) -> int:
+        return sum(record.outcome is not None and record.order.role in roles for record in self._records.values())
 
     def ranked(self) -> list[TrialRecord]:
         """Feasible points that beat the baseline's figures, or any figures of a baseline that breaks a bound; best first."""
