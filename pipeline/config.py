@@ -113,6 +113,8 @@ class StudyConfig:
     """Windows of the winner and of the baseline, interleaved, each in a fresh process."""
     noise_windows: int = 1
     """Repeats of the baseline that give the noise floor."""
+    neighbours: int = 0
+    """Points one knob away from the best that are measured after the search, before the confirmation: what each of its settings is worth."""
     resume: str = "auto"
     """auto: go on if nothing changed; force: go on all the same; never: refuse an existing study."""
 
@@ -125,6 +127,8 @@ class StudyConfig:
         for name in ("trials", "confirm_pairs", "noise_windows"):
             if getattr(self, name) < 1:
                 raise UserError(f"study.{name} must be at least 1, got {getattr(self, name)}")
+        if self.neighbours < 0:
+            raise UserError(f"study.neighbours is 0 (none are measured) or how many, got {self.neighbours}")
         if self.memory_mib < 0:
             raise UserError(f"study.memory_mib must be 0 (half of the machine's memory) or positive, got {self.memory_mib}")
 

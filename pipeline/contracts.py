@@ -19,6 +19,11 @@ from numpy.typing import NDArray
 HEADS = ("recommendation", "engagement", "retention", "monetization")
 """Order of the score columns, everywhere."""
 
+FAULTS = ("out_of_memory", "refused", "too_slow", "overloaded", "crashed", "wrong", "ignored_knob")
+"""How settings fail. refused: in the engine's own words; too_slow: over the deadline; overloaded: cannot keep up with the offered load;
+crashed: twice alike; wrong: scores that are not the model's; ignored_knob: the engine runs with other settings than asked.
+"""
+
 Settings = Mapping[str, bool | int | float | str]
 """Flat engine settings. Names carry their stage: quant.* and build.* make the engine and its numerics, engine.* and serve.* run it."""
 
@@ -156,6 +161,8 @@ class Measurement:
     environment: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
     """Why not MEASURED, in the engine's own words where it has any."""
+    kind: str = ""
+    """Of an INFEASIBLE one, one of FAULTS; empty in results of before there were kinds (`records.kind_of`)."""
     seconds: float = 0.0
     """Wall time of the child."""
 

@@ -12,7 +12,12 @@ class AutotuneError(Exception):
 
 
 class SettingsError(AutotuneError):
-    """The settings cannot work here (refused by the engine, out of memory, contradictory): the trial is INFEASIBLE."""
+    """The settings cannot work here: the trial is INFEASIBLE."""
+
+    def __init__(self, message: str, kind: str = "refused") -> None:
+        """`kind` is how, one of contracts.FAULTS."""
+        super().__init__(message)
+        self.kind = kind
 
 
 class UserError(AutotuneError):

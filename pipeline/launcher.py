@@ -59,7 +59,7 @@ class LocalLauncher:
         second = measurement_of(again, folder)
         if second.outcome is Outcome.FAILED and (again.signal, last_phase(folder)) == (ended.signal, phase):
             reason = f"crashed twice alike, by {ended.signal} in phase '{phase}', so these settings crash the engine\n{tail(folder)}"
-            return replace(second, outcome=Outcome.INFEASIBLE, reason=reason)
+            return replace(second, outcome=Outcome.INFEASIBLE, reason=reason, kind="crashed")
         return second
 
     def job(self, name: str, folder: Path, spec: Mapping[str, Any], deadline_s: float = 3600.0) -> dict[str, Any]:

@@ -240,7 +240,8 @@ def _overloaded(refused: Sequence[Future[Scores]], rate: float, waiting: int, li
         if error and not isinstance(error, Overloaded):
             raise error
     how = "a request was turned away" if refused else f"{waiting} requests were waiting, {limit} at most may"
-    raise SettingsError(f"overloaded at {rate:.1f} requests/s: {how} after {seconds:.1f} s; these settings cannot keep up with the offered load")
+    said = f"overloaded at {rate:.1f} requests/s: {how} after {seconds:.1f} s; these settings cannot keep up with the offered load"
+    raise SettingsError(said, "overloaded")
 
 
 def _forget(session: Session) -> None:

@@ -58,7 +58,8 @@ def score(session: Session, requests: Sequence[RankingRequest]) -> list[Scores]:
     scores += [future.result() for future in waiting]
     for request, given in zip(requests, scores, strict=True):
         if given.shape != (len(request.candidates), len(HEADS)) or not np.isfinite(given).all():
-            raise SettingsError(f"the engine must give finite scores [{len(request.candidates)}, {len(HEADS)}], got {given.shape} with bad values")
+            wrong = f"the engine must give finite scores [{len(request.candidates)}, {len(HEADS)}], got {given.shape} with bad values"
+            raise SettingsError(wrong, "wrong")
     return scores
 
 
@@ -121,7 +122,8 @@ def check_parity(live: Sequence[Scores], expected: Scores, settings: Settings, w
     if difference > limit:
         raise SettingsError(
             f"scores of the parity sample differ by up to {difference:.2g} from {what}, at most {limit:g} may be: "
-            "the engine computes something else under these settings"
+            "the engine computes something else under these settings",
+            "wrong",
         )
     return difference
 

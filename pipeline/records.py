@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pipeline.contracts import Bound, Candidate, Goal, Measurement, Objective, Outcome, Settings
 from pipeline.errors import UserError
 
-ROLES = ("baseline", "noise", "preset", "warm", "sampled", "confirm")
+ROLES = ("baseline", "noise", "preset", "warm", "sampled", "neighbour", "confirm")
 VERDICTS = ("improved", "no_improvement", "undecided")
 
 
@@ -229,8 +229,29 @@ def measurement_from(raw: Mapping[str, Any]) -> Measurement:
         effective=raw.get("effective", {}),
         environment=raw.get("environment", {}),
         reason=str(raw.get("reason", "")),
+        kind=str(raw.get("kind", "")),
         seconds=float(raw.get("seconds") or 0.0),
     )
+
+
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "failed to allocate memory", "bad_alloc")
+"""How engines say it where they raise no MemoryError."""
+_SAID: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("overloaded", ("overloaded at",)),
+    ("too_slow", ("took longer than",)),
+    ("crashed", ("crashed twice alike",)),
+    ("ignored_knob", ("does not run as asked",)),
+    ("wrong", ("finite scores", "parity sample differ")),
+    ("out_of_memory", (*MEMORY_WORDS, "more memory than", "no memory for")),
+)
+
+
+def kind_of(measurement: Measurement) -> str:
+    """One of FAULTS for an INFEASIBLE measurement, from its reason where it names none; empty for any other."""
+    if measurement.outcome is not Outcome.INFEASIBLE or measurement.kind:
+        return measurement.kind
+    said = measurement.reason.lower()
+    return next((kind for kind, words in _SAID if any(word in said for word in words)), "refused")
 
 
 def write_study(folder: Path, record: StudyRecord) -> None:

@@ -131,11 +131,12 @@ def measurement_of(ended: ChildExit, folder: Path) -> Measurement:
     if ended.out_of_memory:
         limit = f"{ended.memory_limit_mib:.0f} MiB allowed" if ended.memory_limit_mib else "what the machine has"
         reason = f"needed more memory than {limit}: {ended.peak_mib:.0f} MiB {where}; smaller batches or fewer threads need less"
-        return Measurement(outcome=Outcome.INFEASIBLE, reason=reason, seconds=ended.seconds)
+        return Measurement(outcome=Outcome.INFEASIBLE, reason=reason, kind="out_of_memory", seconds=ended.seconds)
     if ended.timed_out:
         outcome = Outcome.INFEASIBLE if phase in ENGINE_PHASES else Outcome.FAILED
         reason = f"took longer than {ended.deadline_s:.0f} s and was killed {where}; study.deadline_s allows more"
-        return Measurement(outcome=outcome, reason=reason, seconds=ended.seconds)
+        kind = "too_slow" if outcome is Outcome.INFEASIBLE else ""
+        return Measurement(outcome=outcome, reason=reason, kind=kind, seconds=ended.seconds)
     how = f"was ended by {ended.signal}" if ended.signal else f"ended with exit code {ended.returncode}"
     broken = "a damaged result.json" if (folder / "result.json").exists() else "no result.json"
     reason = f"the process {how} {where} and left {broken}; its last words:\n{tail(folder)}"

@@ -5,8 +5,9 @@ so a `kill -9` at any moment loses no finished trial. How outcomes reach the sam
 
 - MEASURED is COMPLETE with the objectives' figures and one constraint a bound. TPE sorts trials with a positive constraint after all
   feasible ones, by the sum of what is exceeded.
-- INFEASIBLE is PRUNED with one constraint of INFEASIBLE_EXCESS and no value. TPE looks at the constraints before the state and never at
-  a value of such a trial, so none is made up; it sorts after every measured point.
+- INFEASIBLE is PRUNED with one constraint of INFEASIBLE_EXCESS, named by its kind (`FAULTS`), and no value. TPE looks at the constraints before
+  the state and never at a value of such a trial, so none is made up; it sorts after every measured point. By how much memory was exceeded makes no
+  difference: TPE ranks refused points only where fewer than a tenth of all trials were measured.
 - FAILED is FAIL, which no sampler reads.
 
 Left out: running trials (`launcher`), and what a goal means (`goals`).
@@ -31,12 +32,12 @@ import optuna
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipeline import goals, optuna_space, samplers
+from pipeline import goals, neighbours, optuna_space, samplers
 from pipeline.config import StudyConfig
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
 from pipeline.environment import differences
 from pipeline.errors import UserError
-from pipeline.records import TrialRecord, read_json, write_json
+from pipeline.records import TrialRecord, kind_of, read_json, write_json
 from search_spaces.space import Space, Value
 
 INFEASIBLE_EXCESS = 1e6
@@ -45,7 +46,7 @@ DUPLICATES = 10
 """Repeats in a row taken from the sampler before a new point is drawn at random."""
 RANDOM_DRAWS = 500
 """Random points tried before the space counts as used up."""
-SEARCH_ROLES = ("preset", "warm", "sampled")
+SEARCH_ROLES = ("preset", "warm", "sampled", "neighbour")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +203,20 @@ class Search:
 
     @property
     def done(self) -> int:
-        """Finished points of the search, the baseline and its repeats not counted."""
-        return sum(record.outcome is not None and record.order.role in SEARCH_ROLES for record in self._records.values())
+        """Finished points of the search, the baseline, its repeats and the winner's neighbours not counted."""
+        return self._finished(SEARCH_ROLES) - self.checked
+
+    @property
+    def checked(self) -> int:
+        """Finished neighbours of the winner (`neighbours`)."""
+        return self._finished((neighbours.ROLE,))
+
+    def want(self, backend: str, settings: Settings) -> None:
+        """Have a neighbour of the winner asked for next."""
+        self._enqueue(backend, settings, {"role": neighbours.ROLE})
+
+    def _finished(self, roles: Sequence[str]) -> int:
+        return sum(record.outcome is not None and record.order.role in roles for record in self._records.values())
 
     def ranked(self) -> list[TrialRecord]:
         """Feasible points that beat the baseline's figures, or any figures of a baseline that breaks a bound; best first.
@@ -272,7 +285,7 @@ class Search:
 
     def _constraints(self, measurement: Measurement) -> dict[str, float]:
         if measurement.outcome is Outcome.INFEASIBLE:
-            return {"refused": INFEASIBLE_EXCESS}
+            return {kind_of(measurement): INFEASIBLE_EXCESS}
         return goals.excess(self._goal, measurement.metrics) if measurement.outcome is Outcome.MEASURED else {}
 
     def _add(self, record: TrialRecord) -> None:

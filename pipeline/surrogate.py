@@ -198,6 +198,18 @@ class Process:
         spread = np.sqrt(np.maximum(own - (left**2).sum(axis=0), 1e-9))
         return self._mean + self._scale * (across @ self._weights), self._scale * spread
 
+    @property
+    def apart(self) -> FloatArray:
+        """[rows, rows, columns]: squared distances between the rows it knows, for `loss`."""
+        return _distances(self.rows, self.rows, self._categorical)
+
+    def joint(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Mean and covariance [rows, rows] of the noise-free figures."""
+        across = _covariance(self.parameters, _distances(rows, self.rows, self._categorical))
+        left = self._inverse @ across.T
+        own = _covariance(self.parameters, _distances(rows, rows, self._categorical))
+        return self._mean + self._scale * (across @ self._weights), self._scale**2 * (own - left.T @ left)
+
     def improvement(self, rows: FloatArray) -> FloatArray:
         """Expected improvement on the best smoothed figure, downwards."""
         from scipy.special import ndtr

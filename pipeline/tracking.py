@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import artifact
+from pipeline import artifact, learnt
 from pipeline.contracts import Outcome
 from pipeline.errors import UserError
 from pipeline.records import StudyFolder, TrialRecord, read_study, read_trial
@@ -270,6 +270,7 @@ def _log_ending(client: MlflowClient, parent: Run, study: StudyFolder, report_di
         metrics |= {"ratio": decision.ratio.value, "ratio/low": decision.ratio.low, "ratio/high": decision.ratio.high}
     for who, figures in decision.figures.items():
         metrics |= {f"{who}/{name}": value for name, value in figures.items() if value is not None}
+    metrics |= learnt.metrics(study)
     if parent.info.status == "RUNNING":  # a second sync adds no second point to each metric
         ended = max((t.finished for t in (*study.trials, *study.confirmations)), default=study.record.created)
         _log_batch(client, run_id, {}, metrics, ended)

@@ -28,10 +28,8 @@ from typing import Any
 from pipeline.cache import Cache, digest
 from pipeline.contracts import Measurement, Outcome, Remembering, Session, Settings
 from pipeline.errors import AutotuneError, MachineError, SettingsError, UserError
-from pipeline.records import Order, read_json, write_json
+from pipeline.records import MEMORY_WORDS, Order, read_json, write_json
 
-MEMORY_WORDS = ("out of memory", "can't allocate memory", "failed to allocate memory", "bad_alloc")
-"""How engines say it where they raise no MemoryError."""
 CODE = ("model", "calibration", "pipeline/backends")
 """Sources that decide what an engine computes."""
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,9 +85,9 @@ def sorted_by_fault(error: BaseException) -> Measurement:
     """An error as an outcome, with the engine's own words."""
     text = str(error) or type(error).__name__
     if isinstance(error, SettingsError):
-        return Measurement(outcome=Outcome.INFEASIBLE, reason=text)
+        return Measurement(outcome=Outcome.INFEASIBLE, reason=text, kind=error.kind)
     if isinstance(error, MemoryError) or (not isinstance(error, AutotuneError) and any(word in text.lower() for word in MEMORY_WORDS)):
-        return Measurement(outcome=Outcome.INFEASIBLE, reason=f"out of memory under these settings: {text}")
+        return Measurement(outcome=Outcome.INFEASIBLE, reason=f"out of memory under these settings: {text}", kind="out_of_memory")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
         return Measurement(outcome=Outcome.FAILED, reason=f"no room left on the disk{where}; free some space, nothing finished was lost")
@@ -162,7 +160,7 @@ class _Trial:
         self.metrics["time_s/load"] = time.perf_counter() - began
         try:
             if wrong := ignored(self.order.settings, session.effective):
-                raise SettingsError(f"{backend.name} does not run as asked: {'; '.join(wrong)}")
+                raise SettingsError(f"{backend.name} does not run as asked: {'; '.join(wrong)}", "ignored_knob")
             if capacity := session.effective.get("engine.kv_capacity_tokens"):
                 self.metrics["kv_cache/capacity_tokens"] = float(capacity)
             self._check(session, key, began)
@@ -201,7 +199,9 @@ class _Trial:
                 raise MachineError(f"the build ended with exit code {ended.returncode} and no verdict; see the log above") from error
             verdict.unlink()
             if result["outcome"] != Outcome.MEASURED:
-                raise (SettingsError if result["outcome"] == Outcome.INFEASIBLE else MachineError)(result["reason"])
+                if result["outcome"] == Outcome.INFEASIBLE:
+                    raise SettingsError(result["reason"], result["kind"])
+                raise MachineError(result["reason"])
 
         engine = cache.folder("engine", key, make)
         self.metrics["time_s/build"] = cache.seconds("engine", key)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from pipeline import artifact, confirm, goals, report, stages, study, warm
+from pipeline import artifact, confirm, feasibility, goals, learnt, neighbours, report, stages, study, warm
 from pipeline.config import TuneConfig
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
 from pipeline.environment import fingerprint
@@ -52,6 +52,7 @@ FREE = (
     "study.name",
     "study.confirm_pairs",
     "study.noise_windows",
+    "study.neighbours",
     "study.max_",
     "tracking.",
     "paths.",
@@ -104,6 +105,7 @@ def tune(
             baseline = run.baseline()
         with view.stage("search"):
             search, trouble = run.search(baseline)
+            run.neighbours(search, baseline)
         with view.stage("confirmation"):
             decision = run.confirm(search, baseline)
         with view.stage("publication"):
@@ -263,13 +265,31 @@ class _Run:
             self.view.say(f"the search was stopped: {trouble}")
         return search, trouble
 
+    def neighbours(self, search: study.Search, baseline: list[TrialRecord]) -> None:
+        """Measure points one knob away from the best, as far as they were not; one that is better is the candidate from then on."""
+        ranked, left = search.ranked(), self.config.study.neighbours - search.checked
+        if not ranked or left < 1 or search.stop_reason():
+            return
+        assert self.goal is not None
+        resolved = goals.resolve(self.goal, baseline[0].metrics)
+        places = neighbours.wanted(self.spaces, resolved, read_study(self.folder).trials, ranked[0], left)
+        with suppress(KeyboardInterrupt):
+            for place in places:
+                search.want(*place)
+                if (point := search.ask()) is None:
+                    break
+                order = self._order(point.number, point.role, point.backend, point.settings)
+                record = search.tell(self._trial(self.folder / "trials" / f"{point.number:04d}", order))
+                self._track(record)
+                self.view.say(_trial_line(record, self._words(record.order), resolved, baseline[0]))
+
     # -- after the search
 
     def confirm(self, search: study.Search, baseline: list[TrialRecord]) -> Decision:
         """The decision: the one on disk where nothing was added since, or a new one."""
         assert self.goal is not None
         ranked, front = search.ranked(), search.front()
-        old, state = read_decision(self.folder), {"done": search.done, "pairs": self.config.study.confirm_pairs}
+        old, state = read_decision(self.folder), {"done": search.done + search.checked, "pairs": self.config.study.confirm_pairs}
         if old is not None and _state(self.folder) == state:
             return old
         (self.folder / "decision.json").unlink(missing_ok=True)
@@ -281,6 +301,8 @@ class _Run:
     def publish(self, decision: Decision) -> Path:
         """Artifact, report, MLflow, in the order of what must not be lost."""
         shipped = artifact.write(self.folder, self.folder / "artifact")
+        assert self.goal is not None
+        learnt.write(self.folder, self.spaces, self.goal)
         written = Path(self.config.paths.reports) / self.config.study.name
         report.write(self.folder, written)
         if self.tracker:
@@ -295,6 +317,9 @@ class _Run:
             names["winner"] = self._words(trials[decision.candidate].order)
         self.view.table(result_table(decision, names))
         self.view.say(f"{decision.outcome.replace('_', ' ')}: {decision.reason}")
+        for said in (learnt.bought(self.folder), feasibility.words(tuple(trials.values()))):
+            if said:
+                self.view.say(said)
         self.view.say(f"report: {Path(self.config.paths.reports) / self.config.study.name / 'index.html'}")
         if self.tracker:
             self.view.say("every trial in MLflow: make ui")

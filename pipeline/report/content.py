@@ -86,15 +86,20 @@ class Section:
 
 def sections(study: StudyFolder) -> list[Section]:
     """The whole report; sections without content are left out."""
+    from pipeline.report.attribution import bought
+    from pipeline.report.failures import cost
+
     makers: Sequence[tuple[str, Callable[[StudyFolder], list[Block]]]] = (
         ("Decision", decision),
         ("Baseline against winner", comparison),
         ("Accuracy, head by head", accuracy),
         ("Latency", latency),
         ("Trade-offs", trade_offs),
+        ("What each knob bought", bought),
         ("Knobs", knobs),
         ("Trials over time", trials),
         ("What did not work", failures),
+        ("What failed, and what it cost", cost),
         ("Training", training),
         ("Machine, versions, data", machine),
         ("Reproduce it", reproduce),

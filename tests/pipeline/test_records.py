@@ -124,3 +124,22 @@ def test_messages_name_the_file(tmp_path: Path) -> None:
         records.read_study(tmp_path)
     with pytest.raises(TypeError, match="set has no JSON form"):
         records.write_json(tmp_path / "y.json", {"a": {1}})
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("needed more memory than 800 MiB allowed: 900 MiB in phase 'load'; smaller batches or fewer threads need less", "out_of_memory"),
+        ("out of memory under these settings: CUDA out of memory", "out_of_memory"),
+        ("took longer than 120 s and was killed in phase 'window'; study.deadline_s allows more", "too_slow"),
+        ("overloaded at 90.0 requests/s: a request was turned away after 2.0 s", "overloaded"),
+        ("crashed twice alike, by SIGSEGV in phase 'load', so these settings crash the engine", "crashed"),
+        ("fake does not run as asked: engine.threads was asked to be 2 and is 1", "ignored_knob"),
+        ("scores of the parity sample differ by up to 0.4 from the reference, at most 0.01 may be", "wrong"),
+        ("[ONNXRuntimeError] NOT_IMPLEMENTED : no kernel for DynamicQuantizeMatMul(1)", "refused"),
+    ],
+)
+def test_a_failure_of_before_there_were_kinds_is_sorted_by_its_words(reason: str, kind: str) -> None:
+    assert records.kind_of(Measurement(outcome=Outcome.INFEASIBLE, reason=reason)) == kind
+    assert records.kind_of(Measurement(outcome=Outcome.INFEASIBLE, reason=reason, kind="refused")) == "refused"
+    assert records.kind_of(Measurement(outcome=Outcome.FAILED, reason=reason)) == ""

@@ -17,6 +17,7 @@ from tests.pipeline.study_folder import make_study
 
 HEADINGS = (
     "Decision", "Baseline against winner", "Accuracy, head by head", "Latency", "Trade-offs", "Knobs", "Trials over time", "What did not work",
+    "What failed, and what it cost",
     "Training", "Machine, versions, data", "Reproduce it",
 )  # fmt: skip
 

@@ -88,7 +88,7 @@ def test_outcomes_reach_the_sampler_as_they_should(tmp_path: Path) -> None:
     judge = by_x(
         measured(9.0, **{"memory_mib/peak": 80.0}),
         measured(5.0, **{"memory_mib/peak": 150.0}),
-        Measurement(outcome=Outcome.INFEASIBLE, reason="refused"),
+        Measurement(outcome=Outcome.INFEASIBLE, reason="too much", kind="out_of_memory"),
         Measurement(outcome=Outcome.FAILED, reason="ours"),
     )
     bench = Bench(tmp_path, judge, line(), goal)
@@ -98,7 +98,7 @@ def test_outcomes_reach_the_sampler_as_they_should(tmp_path: Path) -> None:
     assert [seen[x].state for x in range(4)] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
     assert seen[0].constraints == {"memory_mib/peak <= 100": pytest.approx(-0.2)}
     assert seen[1].constraints == {"memory_mib/peak <= 100": pytest.approx(0.5)}
-    assert seen[2].constraints == {"refused": study.INFEASIBLE_EXCESS}
+    assert seen[2].constraints == {"out_of_memory": study.INFEASIBLE_EXCESS}
     assert seen[2].values is None  # no figure is made up for what was never measured
     assert seen[3].constraints == {}
     assert [r.number for r in bench.search.ranked()] == []

@@ -80,14 +80,14 @@ def test_quantised_numerics_lose_measurably_and_are_scored_once(root: Path) -> N
 @pytest.mark.parametrize("settings", [{"engine.fault": "refuse"}, {"engine.threads": 99}, {"build.precision": "fp7"}, {"build.colour": "red"}])
 def test_refusals_are_infeasible_in_the_engines_own_words(root: Path, settings: dict[str, object]) -> None:
     found = launcher(root).trial(make_trial(root, settings, name="0004"))
-    assert found.outcome is Outcome.INFEASIBLE
+    assert (found.outcome, found.kind) == (Outcome.INFEASIBLE, "refused")
     assert found.reason.startswith("fake")
 
 
 def test_an_engine_whose_scores_changed_is_infeasible(root: Path) -> None:
     launcher(root).trial(make_trial(root, {}, name="0000"))  # the scores that these numerics ought to give
     found = launcher(root).trial(make_trial(root, {"engine.fault": "scores"}, name="0005"))
-    assert found.outcome is Outcome.INFEASIBLE
+    assert (found.outcome, found.kind) == (Outcome.INFEASIBLE, "wrong")
     assert "parity" in found.reason
 
 
@@ -106,7 +106,7 @@ def test_an_engine_that_ignores_a_knob_is_infeasible(root: Path, monkeypatch: py
     assert trial.main([str(folder)]) == 0
     found = read_trial(folder).measurement
     assert found is not None
-    assert found.outcome is Outcome.INFEASIBLE
+    assert (found.outcome, found.kind) == (Outcome.INFEASIBLE, "ignored_knob")
     assert found.reason == "fake does not run as asked: engine.threads was asked to be 2 and is 1"
 
 
@@ -168,13 +168,15 @@ def test_a_bug_of_ours_is_failed_with_its_traceback_in_the_log(root: Path) -> No
 
 def test_too_much_load_is_infeasible_and_stops_early(root: Path) -> None:
     found = launcher(root).trial(make_trial(root, {"serve.max_batch_tokens": 64, "serve.queue_limit": 16}, name="0007", rate_rps=20_000.0))
-    assert found.outcome is Outcome.INFEASIBLE
+    assert (found.outcome, found.kind) == (Outcome.INFEASIBLE, "overloaded")
     assert found.reason.startswith("overloaded at 1")  # 20,000 nominal; these 120 arrivals are a little slower
 
 
 def test_errors_are_sorted_by_who_must_act() -> None:
     assert sorted_by_fault(SettingsError("no")).outcome is Outcome.INFEASIBLE
+    assert sorted_by_fault(SettingsError("too much", "overloaded")).kind == "overloaded"
     assert sorted_by_fault(MemoryError()).outcome is Outcome.INFEASIBLE
+    assert sorted_by_fault(MemoryError()).kind == "out_of_memory"
     assert sorted_by_fault(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")).outcome is Outcome.INFEASIBLE
     assert sorted_by_fault(MachineError("disk full: out of memory cards")).outcome is Outcome.FAILED
     assert sorted_by_fault(ValueError("x")).reason == "ValueError: x"

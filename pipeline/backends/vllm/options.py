@@ -105,7 +105,8 @@ def host_tier(gib: float, args: Mapping[str, Any]) -> dict[str, Any]:
     if not gib:
         return {}
     if (free := psutil.virtual_memory().available / GIB) < gib:
-        raise SettingsError(f"engine.host_cache_gib={gib:g} is more than the {free:.1f} GiB of the host's memory that are free; ask for less")
+        much = f"engine.host_cache_gib={gib:g} is more than the {free:.1f} GiB of the host's memory that are free; ask for less"
+        raise SettingsError(much, "out_of_memory")
     home = {"kv_connector": "HistoryTier", "kv_connector_module_path": "pipeline.backends.vllm.inside.tier", "kv_role": "kv_both"}
     return {**home, "kv_connector_extra_config": {"cpu_bytes_to_use": int(gib * GIB)}}
 

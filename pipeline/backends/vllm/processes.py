@@ -66,7 +66,8 @@ def divided(settings: Settings, gpu_mib: float, weights_mib: float) -> Settings:
     if pages < (1 if given else LEAST_MIB):
         raise SettingsError(
             f"engine.processes={number} leaves each engine {pages} MiB of pages after {RESERVE_MIB} MiB and its weights, at least {LEAST_MIB} must "
-            "remain; run fewer processes, or raise engine.gpu_memory_utilization"
+            "remain; run fewer processes, or raise engine.gpu_memory_utilization",
+            "out_of_memory",
         )
     shares: Settings = {"engine.gpu_memory_utilization": round(share, 4), "engine.kv_cache_memory_mib": pages}
     return {**settings, **shares, "engine.processes": 1, "engine.host_cache_gib": float(settings["engine.host_cache_gib"]) / number}

@@ -83,7 +83,7 @@ class Words:
         if not kind and starting is not None:
             kind, text = type(starting).__name__, " ".join(str(starting).split()) or type(starting).__name__
         if any(word in f"{kind} {text}".lower() for word in MEMORY):
-            return SettingsError(f"out of memory under these settings: {text}")
+            return SettingsError(f"out of memory under these settings: {text}", "out_of_memory")
         if starting is not None and kind in REFUSALS:
             return SettingsError(f"vLLM refuses these settings: {text}")
         what = "did not start" if starting is not None else "died"

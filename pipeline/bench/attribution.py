@@ -1,0 +1,167 @@
+"""`python -m pipeline bench attribution [landscape=all] [seeds=20] [trials=30] [sampler=bayes]`: does a study know what each knob bought?
+
+Searches are played on landscapes whose every point is known (`bench search` says which), and what `attribution` says of each search's winner is
+compared with the truth: the same split, computed from the exact figures of all points between baseline and winner. Printed for each landscape:
+
+- how often the 95 % interval of a factor holds the true factor, and of the whole improvement the true one
+- how far a factor is off, in percent (median, 90th percentile), beside what a person would guess from medians of trials with and without the value
+- how often the knob said to have bought most truly did, and the rank correlation between estimated and true factors
+- the same for the shares of variance within the winner's engine
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from pipeline import attribution, goals, replay
+from pipeline.bench.search import known, reference, world
+from pipeline.config import StudyConfig
+from pipeline.contracts import Outcome
+from pipeline.errors import UserError
+from pipeline.records import TrialRecord
+from pipeline.replay import Engine, Played
+
+AGAIN = 4, 3
+"""Windows of the baseline (its repeat and the confirmation's) and of the winner that a study has beyond its search."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Game:
+    """One search to explain."""
+
+    landscape: str
+    seed: int
+    trials: int
+    sampler: str
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a row a landscape."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    options = {"landscape": "all", "seeds": "20", "trials": "30", "sampler": "bayes", **dict(a.partition("=")[::2] for a in arguments)}
+    if unknown := set(options) - {"landscape", "seeds", "trials", "sampler"}:
+        raise UserError(f"bench attribution takes landscape, seeds, trials and sampler, got {', '.join(sorted(unknown))}")
+    names = known() if options["landscape"] == "all" else tuple(options["landscape"].split(","))
+    title = (
+        f"{options['seeds']} searches a landscape, {options['trials']} trials each, sampler {options['sampler']}; 95 % intervals of rates in brackets"
+    )
+    rows = Table("landscape", *HEADINGS, title=title, title_justify="left")
+    # One thread each: many small matrices, and as many searches as processes.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    with ProcessPoolExecutor(os.cpu_count() or 1, get_context("spawn")) as pool, Progress(console=Console(stderr=True)) as progress:
+        for name in names:
+            games = [Game(landscape=name, seed=s, trials=int(options["trials"]), sampler=options["sampler"]) for s in range(int(options["seeds"]))]
+            found = list(progress.track(pool.map(explained, games), total=len(games), description=name))
+            rows.add_row(name, *summary([one for one in found if one]))
+    Console().print(rows)
+    return 0
+
+
+HEADINGS = ("factors", "interval holds it", "and the whole", "off by (half, 90 %)", "guess off by", "first is first", "rank", "shares hold", "off by")
+
+
+def explained(game: Game) -> dict[str, Any]:
+    """What one search's winner was made of, as estimated and in truth; empty where nothing beat the baseline."""
+    one, truth = world(game.landscape), reference(game.landscape)
+    records = [s.record for s in replay.search(one, truth, StudyConfig(trials=game.trials, seed=game.seed), sampler=game.sampler)]
+    winner = _winner(truth, records)
+    if winner is None:
+        return {}
+    engine, windows = Engine(one, 10_000 + game.seed), list[Played]()
+    for trial, count in zip((records[0], winner), AGAIN, strict=True):
+        windows += [engine.trial(1000 + len(windows), "confirm", trial.order.backend, trial.order.settings) for _ in range(count)]
+    told = attribution.attribute(one.spaces, truth.goal, [*records, *windows], winner)
+    if told is None:
+        return {}
+    start, end = (records[0].order.backend, records[0].order.settings), (winner.order.backend, winner.order.settings)
+    named = {f.knob: f.after.split(", ") if f.knob == attribution.REST else [f.knob] for f in told.factors}
+    exact, total = true_factors(one, truth, start, end, [tuple(group) for group in named.values()])
+    shares = true_shares(one, truth, end[0])
+    return {
+        "estimated": [math.log(f.effect.value) for f in told.factors],
+        "true": exact,
+        "guess": [_guess(truth, records, start, end, group) for group in named.values()],
+        "holds": [math.log(f.effect.low) <= t <= math.log(f.effect.high) for f, t in zip(told.factors, exact, strict=True)],
+        "whole": told.total.low <= math.exp(total) <= told.total.high,
+        "shares": [(s.share.value, s.share.low, s.share.high, shares.get(s.knob, 0.0)) for s in told.shares],
+    }
+
+
+def true_factors(
+    one: replay.World, truth: replay.Reference, start: tuple[str, Any], end: tuple[str, Any], players: Sequence[tuple[str, ...]]
+) -> tuple[list[float], float]:
+    """Logarithms of the factors by the exact figures of every point between, refused ones passed by, and of the whole."""
+    found = [one.truth(*place) for place in attribution.corners(one.spaces, start, end, players)]
+    figures = np.array([math.log(goals.improvement(truth.goal, m, truth.baseline)) if m else 0.0 for m in found])
+    split = attribution.shapley(len(players), [bool(m) for m in found])
+    return [float(x) for x in split @ figures], float(figures[-1] - figures[0])
+
+
+def true_shares(one: replay.World, truth: replay.Reference, backend: str) -> dict[str, float]:
+    """Over every point of an engine that is not refused."""
+    points = [settings for name, settings in one.points() if name == backend and one.truth(name, settings)]
+    figures = [math.log(goals.improvement(truth.goal, one.truth(backend, settings), truth.baseline)) for settings in points]
+    shares = attribution.variance_shares(one.spaces[backend], points, np.array([figures]))
+    return {knob: float(value[0]) for knob, value in shares.items()}
+
+
+def summary(found: Sequence[dict[str, Any]]) -> list[str]:
+    """The row's cells."""
+    from scipy.stats import spearmanr
+
+    holds = [hold for one in found for hold in one["holds"]]
+    off = [abs(a - b) for one in found for a, b in zip(one["estimated"], one["true"], strict=True)]
+    guess = [abs(a - b) for one in found for a, b in zip(one["guess"], one["true"], strict=True) if a is not None]
+    first = [int(np.argmax(np.abs(one["true"]))) == 0 for one in found]
+    ranks = [float(spearmanr(one["estimated"], one["true"]).statistic) for one in found if len(one["true"]) > 2]
+    shares = [share for one in found for share in one["shares"]]
+    return [
+        str(len(holds)),
+        rate(sum(holds), len(holds)),
+        rate(sum(one["whole"] for one in found), len(found)),
+        f"{np.expm1(np.median(off)):.0%}, {np.expm1(np.percentile(off, 90)):.0%}",
+        f"{np.expm1(np.median(guess)):.0%}, {np.expm1(np.percentile(guess, 90)):.0%}" if guess else "-",
+        rate(sum(first), len(first)),
+        f"{np.nanmedian(ranks):.2f}",
+        rate(sum(low <= true <= high for _, low, high, true in shares), len(shares)),
+        f"{np.mean([abs(value - true) for value, _, _, true in shares]):.1%}",
+    ]
+
+
+def rate(count: int, of: int) -> str:
+    """'93 % [88 to 96]', by Wilson."""
+    if not of:
+        return "-"
+    share, z = count / of, 1.96
+    middle, half = share + z * z / 2 / of, z * math.sqrt(share * (1 - share) / of + (z / 2 / of) ** 2)
+    return f"{share:.0%} [{(middle - half) / (1 + z * z / of):.0%} to {(middle + half) / (1 + z * z / of):.0%}]"
+
+
+def _winner(truth: replay.Reference, records: Sequence[Played]) -> Played | None:
+    measured = [r for r in records if r.outcome is Outcome.MEASURED and goals.feasible(truth.goal, r.metrics)]
+    best = max(measured, key=lambda r: goals.improvement(truth.goal, r.metrics, records[0].metrics), default=records[0])
+    return None if best.order.candidate == records[0].order.candidate else best
+
+
+def _guess(truth: replay.Reference, records: Sequence[TrialRecord], start: Any, end: Any, group: Sequence[str]) -> float | None:
+    """What a person reads off the table of trials: the median with the winner's value against that with the baseline's."""
+    measured, sides = [r for r in records if r.outcome is Outcome.MEASURED], []
+    for backend, settings in (start, end):
+        mine = [
+            r
+            for r in measured
+            if all(r.order.backend == backend if n == attribution.ENGINE else r.order.settings.get(n) == settings.get(n) for n in group)
+        ]
+        sides.append([math.log(goals.improvement(truth.goal, r.metrics, truth.baseline)) for r in mine])
+    return float(np.median(sides[1]) - np.median(sides[0])) if all(sides) else None
