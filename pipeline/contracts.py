@@ -155,7 +155,7 @@ class Measurement:
     effective: Settings = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
-    """Why not MEASURED, in the engine's own words where it has any."""
+    """Why not MEASURED, in the engine's own words where it has any; or why a trial was decided before its end."""
     seconds: float = 0.0
     """Wall time of the child."""
 
