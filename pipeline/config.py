@@ -75,6 +75,18 @@ class MeasureConfig:
     """Most of the CPU that the hypervisor may give to other machines during a window."""
     late_limit_ms: float = 5.0
     """Most lateness (p99) of the load generator in a window that counts."""
+    cpu_drift: float = 0.25
+    """Most the CPU's clock may change over a window, as a share; only where the machine tells it."""
+    gpu_drift: float = 0.1
+    """The same for a GPU's SM clock, where neither idling nor a power cap holds it."""
+    decide_early: bool = True
+    """End a trial of the search as soon as it is decided: a limit cannot be kept, the best so far cannot be beaten, the queue grows for ever."""
+    false_reject: float = 0.01
+    """Error of each test that gives a trial up, for one that is exactly at the limit or the figure to beat; less for better ones."""
+    false_accept: float = 0.01
+    """Error of the test that accepts a limit on a percentile before the window ends."""
+    limit_ms: float = 0.0
+    """p99 within which `throughput_rps/within_limit` is the largest offered load; 0 means that it is not measured."""
 
     def __post_init__(self) -> None:
         if not 0 < self.load < 1:
@@ -83,6 +95,11 @@ class MeasureConfig:
             )
         if self.rate_rps < 0:
             raise UserError(f"measure.rate_rps must be 0 (relative) or positive, got {self.rate_rps}")
+        for name in ("false_reject", "false_accept"):
+            if not 0 < getattr(self, name) < 0.5:
+                raise UserError(f"measure.{name} is an error rate above 0 and below 0.5, got {getattr(self, name)}; the default is 0.01")
+        if self.limit_ms < 0:
+            raise UserError(f"measure.limit_ms must be 0 (not measured) or a latency in ms, got {self.limit_ms}")
         if self.concurrency < 1:
             raise UserError(f"measure.concurrency must be at least 1, got {self.concurrency}")
 
@@ -205,6 +222,11 @@ class TuneConfig:
     paths: PathsConfig = field(default_factory=PathsConfig)
     command: str = "python -m pipeline tune"
     """The command line that gave this configuration, for the report."""
+
+    def __post_init__(self) -> None:
+        asked = [*(text.removeprefix("-") for text in self.goal.objectives), *(bound.metric for bound in self.goal.bounds)]
+        if "throughput_rps/within_limit" in asked and not self.measure.limit_ms:
+            raise UserError("the goal names throughput_rps/within_limit, which needs a limit on the p99; set measure.limit_ms, in ms")
 
 
 def compose(overrides: Sequence[str], command: str = "tune") -> tuple[TuneConfig, str]:

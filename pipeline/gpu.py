@@ -22,6 +22,8 @@ class GpuState:
     memory_clock_mhz: int
     throttle: int
     """NVML's bits for why clocks are held down, the harmless ones taken out."""
+    free: bool = True
+    """Whether nothing holds the clocks down, not even idling or the power cap: only then does a change of them mean anything."""
     temperature_c: int
     power_w: float
     memory_used_mib: float
@@ -53,13 +55,14 @@ def _state(nvml: Any, index: int) -> GpuState:
         except nvml.NVMLError:
             return None
 
-    memory = ask("nvmlDeviceGetMemoryInfo")
+    memory, reasons = ask("nvmlDeviceGetMemoryInfo"), ask("nvmlDeviceGetCurrentClocksThrottleReasons") or 0
     processes = [*(ask("nvmlDeviceGetComputeRunningProcesses") or []), *(ask("nvmlDeviceGetGraphicsRunningProcesses") or [])]
     return GpuState(
         index=index,
         sm_clock_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM) or 0,
         memory_clock_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM) or 0,
-        throttle=(ask("nvmlDeviceGetCurrentClocksThrottleReasons") or 0) & ~HARMLESS_THROTTLE,
+        throttle=reasons & ~HARMLESS_THROTTLE,
+        free=not reasons,
         temperature_c=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU) or 0,
         power_w=(ask("nvmlDeviceGetPowerUsage") or 0) / 1000,
         memory_used_mib=memory.used / 2**20 if memory else 0.0,

@@ -50,6 +50,8 @@ class Order:
     seed: int = 0
     python: str = ""
     """Interpreter of the child; empty means this one."""
+    decide: Mapping[str, Any] = field(default_factory=dict)
+    """What the trial may end early for (`goals.decide`): limits, and the figures to beat. Empty means: measure all of it."""
 
     @property
     def candidate(self) -> Candidate:
@@ -82,6 +84,11 @@ class TrialRecord:
     def metrics(self) -> Mapping[str, float]:
         """Empty unless MEASURED."""
         return self.measurement.metrics if self.measurement else {}
+
+    @property
+    def given_up(self) -> bool:
+        """Decided early, and not in its favour: its figures come from a part of a window and only tell where it lies."""
+        return bool(self.metrics.get("window/given_up"))
 
     @property
     def log(self) -> str:

@@ -225,7 +225,7 @@ class Search:
         """
         baseline = self._records[0].metrics
         least = 1.0 if goals.feasible(self._goal, baseline) else 0.0
-        found = [r for r in self._records.values() if r.order.role in SEARCH_ROLES and r.outcome is Outcome.MEASURED]
+        found = [r for r in self._records.values() if r.order.role in SEARCH_ROLES and r.outcome is Outcome.MEASURED and not r.given_up]
         found = [r for r in found if goals.feasible(self._goal, r.metrics) and goals.improvement(self._goal, r.metrics, baseline) > least]
         if self._proposer is None or not found:
             return sorted(found, key=lambda r: -goals.improvement(self._goal, r.metrics, baseline))
@@ -236,7 +236,7 @@ class Search:
     def front(self) -> tuple[int, ...]:
         """Numbers of the feasible trials, the baseline among them, that none other beats in every objective."""
         roles = ("baseline", *SEARCH_ROLES)
-        measured = {n: r.metrics for n, r in self._records.items() if r.order.role in roles and r.outcome is Outcome.MEASURED}
+        measured = {n: r.metrics for n, r in self._records.items() if r.order.role in roles and r.outcome is Outcome.MEASURED and not r.given_up}
         return goals.pareto(self._goal, {n: m for n, m in measured.items() if n == 0 or goals.feasible(self._goal, m)})
 
     def _catch_up(self) -> None:

@@ -254,6 +254,7 @@ class _Run:
                     self.view.say("every point of the search space has been measured")
                     break
                 order = self._order(point.number, point.role, point.backend, point.settings)
+                order = replace(order, decide=self._decidable(search, resolved, baseline[0]))
                 record = search.tell(self._trial(self.folder / "trials" / f"{point.number:04d}", order))
                 self._track(record)
                 self.view.say(_trial_line(record, self._words(record.order), resolved, baseline[0]))
@@ -332,6 +333,14 @@ class _Run:
         recipe = str(settings.get(stages.RECIPE, stages.PLAIN))
         checkpoint = self.quantised.get(recipe, self.checkpoint.folder)
         return stages.order(self.config, number, role, backend, settings, checkpoint, self.inputs, self.rate_rps)
+
+    def _decidable(self, search: study.Search, goal: Goal, baseline: TrialRecord) -> dict[str, Any]:
+        """What ends a trial of the search early. Only what could come to confirmation is worth a whole window, and that takes as many as it tries."""
+        if not self.config.measure.decide_early:
+            return {}
+        ranked = search.ranked()
+        beaten = ranked[confirm.CANDIDATES - 1] if len(ranked) >= confirm.CANDIDATES else baseline if goals.feasible(goal, baseline.metrics) else None
+        return goals.decide(goal, beaten.measurement if beaten else None)
 
     def _trial(self, folder: Path, order: Order) -> TrialRecord:
         """Run one trial; its folder is whole afterwards, whatever happened to the child."""
@@ -437,10 +446,12 @@ def _trial_line(record: TrialRecord, words: str, goal: Goal, baseline: TrialReco
     if record.outcome is not Outcome.MEASURED:
         reason = record.measurement.reason.strip().splitlines()
         return f"{head}: {record.outcome}, {reason[0][:160] if reason else 'no reason given'}"
+    if record.given_up:
+        return f"{head}: decided early, {record.measurement.reason}"
     figures = ", ".join(f"{o.metric} {record.metrics[o.metric]:.4g}" for o in goal.objectives)
     broken = [name for name, excess in goals.excess(goal, record.metrics).items() if excess > 0]
     verdict = f"beyond {'; '.join(broken)}" if broken else f"x{goals.improvement(goal, record.metrics, baseline.metrics):.3f}"
-    return f"{head}: {figures}, {verdict}"
+    return f"{head}: {figures}, {verdict}" + (", decided early" if record.metrics.get("window/decided_early") else "")
 
 
 def _point(backend: str, settings: Settings, defaults: Settings) -> str:

@@ -266,7 +266,8 @@ def trials(study: StudyFolder) -> list[Block]:
     for trial in study.trials:
         value = trial.metrics.get(metric, math.nan)
         limits = "; ".join(facts.broken(study, trial)) if trial.outcome is Outcome.MEASURED else ""
-        ended = str(trial.outcome or "unfinished") + (", breaks a limit" if limits else "")
+        early = ", decided early" if trial.metrics.get("window/decided_early") else ""
+        ended = str(trial.outcome or "unfinished") + early + (", breaks a limit" if limits else "")
         rows.append((str(trial.number), trial.order.role, trial.order.backend, ended, _number(metric, value), facts.settings_text(trial)))
     # Numbers first, then words: all set to the left, or the settings would be pushed out of sight.
     return [*blocks, Table(header=("trial", "role", "engine", "outcome", metric, "settings"), rows=tuple(rows), left=6)]

@@ -48,6 +48,7 @@ def test_the_state_is_read_in_plain_units_and_the_library_closed(monkeypatch: py
     (state,) = gpu.read()
     assert (state.sm_clock_mhz, state.power_w, state.memory_used_mib, state.processes) == (1980, 350.5, 3072.0, frozenset({7}))
     assert state.throttle == 0x40  # idling is no throttling, nor is a load that reaches the power limit
+    assert not state.free  # and yet its clock is not its own
     assert state.temperature_c == 0  # this one does not tell
     assert nvml.closed == [True]
 

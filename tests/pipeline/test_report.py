@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pipeline import report
 from pipeline.contracts import Objective
 from pipeline.interpreters import ROOT
 from pipeline.records import read_study, write_json
-from pipeline.report import facts
+from pipeline.report import content, facts
 from pipeline.report.svg import Axis, around
 from tests.pipeline.study_folder import make_study
 
@@ -59,6 +60,16 @@ def test_the_page_needs_nothing_but_itself(page: str) -> None:
     assert "@import" not in page
     assert parsed.tags.count("svg") >= 10
     assert len(page) < 400_000
+
+
+def test_a_trial_that_was_decided_early_is_marked(tmp_path: Path) -> None:
+    study = read_study(make_study(tmp_path))
+    ran = next(trial for trial in study.trials if trial.number and trial.metrics)
+    assert ran.measurement is not None
+    early = replace(ran, measurement=replace(ran.measurement, metrics={**ran.metrics, "window/decided_early": 1.0}))
+    table = content.trials(replace(study, trials=(study.trials[0], early)))[-1]
+    assert isinstance(table, content.Table)
+    assert ["decided early" in row[3] for row in table.rows] == [False, True]
 
 
 def test_it_says_everything_and_the_decision_first(page: str) -> None:

@@ -277,6 +277,23 @@ def test_a_measured_point_without_the_goals_figure_is_ours_not_the_settings(tmp_
     assert read_trial(record.folder).measurement == record.measurement
 
 
+def test_a_point_that_was_given_up_is_never_ranked_and_still_taught(tmp_path: Path) -> None:
+    def judge(backend: str, settings: Settings) -> Measurement:
+        """Half of the points look best of all in the beginning of a window, after which they were given up."""
+        found = latency(backend, settings)
+        given_up = int(settings["engine.threads"]) in (3, 5, 7)
+        return measured(found.metrics[P99] * (0.01 if given_up else 0.9), **({"window/given_up": 1.0} if given_up else {}))
+
+    bench = Bench(tmp_path, judge, trials=12)
+    told = bench.steps(12)
+    given_up = {record.number for record in told if record.given_up}
+    assert given_up
+    assert len(given_up) < 12
+    assert not given_up & {record.number for record in bench.search.ranked()}
+    assert not given_up & set(bench.search.front())
+    assert all(record.outcome is Outcome.MEASURED for record in told)
+
+
 def test_two_objectives_give_a_front(tmp_path: Path) -> None:
     goal = Goal(objectives=(Objective(metric=P99), Objective(metric="throughput_rps/peak", maximize=True)))
     figures = ((4.0, 10.0), (2.0, 5.0), (3.0, 20.0), (5.0, 4.0))

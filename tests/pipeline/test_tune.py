@@ -17,10 +17,10 @@ from rich.console import Console
 
 from pipeline import artifact
 from pipeline.config import GoalConfig, TuneConfig
-from pipeline.contracts import Outcome
+from pipeline.contracts import Goal, Measurement, Objective, Outcome
 from pipeline.errors import UserError
-from pipeline.records import Order, StudyFolder, read_study
-from pipeline.tune import _point, reconfirm, tune
+from pipeline.records import Order, StudyFolder, TrialRecord, read_study
+from pipeline.tune import _point, _trial_line, reconfirm, tune
 from search_spaces.space import Space
 from tests.pipeline.fake_study import Simulated, config, space
 
@@ -68,6 +68,44 @@ def test_a_study_finds_the_known_optimum_and_ships_it(tmp_path: Path) -> None:
     assert [t.number for t in study.confirmations] == [0, winner.number, winner.number, 0, 0, winner.number]
     assert {t.order.measure["workload"] for t in study.confirmations} == {"confirm_workload.npz"}
     assert {t.order.measure["workload"] for t in study.trials} == {"workload.npz"}
+
+
+def decisions(launcher: Simulated) -> dict[str, list[dict[str, object]]]:
+    found: dict[str, list[dict[str, object]]] = {}
+    for order in launcher.ran:
+        found.setdefault("search" if order.role in ("preset", "sampled") else order.role, []).append(dict(order.decide))
+    return found
+
+
+def test_only_trials_of_the_search_may_be_decided_early_and_against_the_second_best(tmp_path: Path) -> None:
+    launcher = Simulated()
+    _, said, study = run(with_study(config(tmp_path), trials=8), launcher, space((1, 2, 3, 4, 5, 6, 8)))
+    found = decisions(launcher)
+    assert not any(decide for role in ("baseline", "noise", "confirm") for decide in found[role])
+    trials = {t.number: t for t in study.trials}
+    for index, decide in enumerate(found["search"]):
+        before = [t.metrics["latency_ms/p50"] for n, t in trials.items() if t.order.role in ("preset", "sampled") and n < index + 2]
+        better = sorted(p50 for p50 in before if p50 < trials[0].metrics["latency_ms/p50"])
+        beaten = better[1] if len(better) > 1 else trials[0].metrics["latency_ms/p50"]
+        assert decide["objective"]["value"] == pytest.approx(beaten)  # type: ignore[index]
+        assert decide["bounds"] == []
+    assert "decided early" not in said
+
+
+def test_deciding_early_can_be_turned_off(tmp_path: Path) -> None:
+    launcher, settings = Simulated(), config(tmp_path)
+    run(replace(settings, measure=replace(settings.measure, decide_early=False)), launcher)
+    assert not any(decide for role in decisions(launcher).values() for decide in role)
+
+
+def test_a_trial_line_says_what_was_decided_early() -> None:
+    goal = Goal(objectives=(Objective(metric="latency_ms/p50"),))
+    order = Order(number=3, role="sampled", backend="fake", settings={}, checkpoint="", inputs="", cache="")
+    metrics = {"latency_ms/p50": 4.0, "window/decided_early": 1.0, "window/given_up": 1.0}
+    lost = TrialRecord(folder=Path(), order=order, measurement=Measurement(outcome=Outcome.MEASURED, metrics=metrics, reason="it cannot beat 2 ms"))
+    assert _trial_line(lost, "fake", goal, lost) == "trial 0003 fake: decided early, it cannot beat 2 ms"
+    kept = replace(lost, measurement=Measurement(outcome=Outcome.MEASURED, metrics={**metrics, "window/given_up": 0.0}))
+    assert _trial_line(kept, "fake", goal, lost) == "trial 0003 fake: latency_ms/p50 4, x1.000, decided early"
 
 
 def test_nothing_better_ends_honestly_and_ships_the_baseline(tmp_path: Path) -> None:
