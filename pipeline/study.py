@@ -201,9 +201,12 @@ class Search:
         """Feasible points that beat the baseline's figures, or any figures of a baseline that breaks a bound; best first."""
         baseline = self._records[0].metrics
         least = 1.0 if goals.feasible(self._goal, baseline) else 0.0
-        found = [r for r in self._records.values() if r.order.role in SEARCH_ROLES and r.outcome is Outcome.MEASURED]
-        found = [r for r in found if goals.feasible(self._goal, r.metrics) and goals.improvement(self._goal, r.metrics, baseline) > least]
+        found = [r for r in self.measured() if goals.feasible(self._goal, r.metrics) and goals.improvement(self._goal, r.metrics, baseline) > least]
         return sorted(found, key=lambda r: -goals.improvement(self._goal, r.metrics, baseline))
+
+    def measured(self) -> list[TrialRecord]:
+        """The points of the search that were measured, feasible or not."""
+        return [r for r in self._records.values() if r.order.role in SEARCH_ROLES and r.outcome is Outcome.MEASURED]
 
     def front(self) -> tuple[int, ...]:
         """Numbers of the feasible trials, the baseline among them, that none other beats in every objective."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import goals
+from pipeline import gate, goals
 from pipeline.contracts import Outcome
 from pipeline.goals import HIGHER_IS_BETTER
-from pipeline.records import Figure, StudyFolder, TrialRecord
+from pipeline.records import Decision, Figure, StudyFolder, TrialRecord
 from pipeline.report import facts, figures
 
 VERDICT = {
@@ -29,6 +29,15 @@ COMPARED = (
     "window/history_returning_share",
 )
 
+NOISE: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "window_deviation": ("standard deviation of one window", lambda v: f"{v:.1%}"),
+    "floor": ("noise floor: two windows of the baseline against each other", lambda v: f"{v:.3f} x"),
+    "degrees_of_freedom": ("degrees of freedom behind them", lambda v: f"{v:.0f}"),
+    "confirm_pairs": ("pairs of windows in a confirmation", lambda v: f"{v:.0f}"),
+    "minimum_detectable_improvement": ("least improvement they confirm, 80 % power", lambda v: f"{v:.1%}"),
+    "pairs_for_5_percent": ("pairs for an improvement of 5 %", lambda v: f"{v:,.0f}"),
+    "pairs_for_2_percent": ("pairs for an improvement of 2 %", lambda v: f"{v:,.0f}"),
+}
 TRADE_OFFS = "A mark is a trial of the search; hollow ones break a limit. A line joins the trials that no other allowed one beats in both figures."
 
 
@@ -90,6 +99,7 @@ def sections(study: StudyFolder) -> list[Section]:
         ("Decision", decision),
         ("Baseline against winner", comparison),
         ("Accuracy, head by head", accuracy),
+        ("Noise and the curse of the winner", noise),
         ("Latency", latency),
         ("Trade-offs", trade_offs),
         ("Knobs", knobs),
@@ -147,7 +157,11 @@ def comparison(study: StudyFolder) -> list[Block]:
         factor = two / one if kind in goals.POSITIVE and one > 0 and two > 0 else math.nan
         gain = factor if kind in HIGHER_IS_BETTER else 1 / factor
         sides = ((study.baseline, found.baseline), (chosen, found.winner_figure))
-        low_high = [_range(metric, _best_interval(t, figure, metric, found.metric, metric in confirmed)) for t, figure in sides]
+        own = [found.intervals.get(who, {}).get(metric) for who in ("baseline", "winner")]
+        low_high = [
+            _range(metric, (known if metric in confirmed else None) or _best_interval(t, figure, metric, found.metric, metric in confirmed))
+            for (t, figure), known in zip(sides, own, strict=True)
+        ]
         rows.append(
             (
                 metric,
@@ -159,7 +173,10 @@ def comparison(study: StudyFolder) -> list[Block]:
         )
     if not rows:
         return []
-    note = "Confirmed: fresh processes, a new request list, baseline and candidate in turn. Search: one window of the search. Intervals are 95 %."
+    note = (
+        "Confirmed: fresh processes, a new request list, baseline and candidate in turn. Search: one window of the search. Intervals are 95 %; a "
+        "single reading has none."
+    )
     return [
         Table(header=("metric", "baseline", "winner" if found.winner is not None else "candidate", "change", "from"), rows=tuple(rows)),
         Text(text=note),
@@ -167,36 +184,125 @@ def comparison(study: StudyFolder) -> list[Block]:
 
 
 def accuracy(study: StudyFolder) -> list[Block]:
-    """Each trained head: baseline, winner, the upper bound of the loss, and the margin it had to stay under."""
+    """Each trained head: reference, baseline, winner; the gate's verdict with its bounds and the users it takes; calibration."""
     chosen, base = facts.shipped(study), study.baseline
     if base is None:
         return []
-    margins = {b.metric: b.limit for b in study.record.goal.bounds if not b.relative and not b.at_least}
+    judged = {(j.kind, j.head): j for j in gate.judgements(study.record.goal, (chosen or base).metrics)}
     rows, losses = [], []
     for head in study.record.heads:
         for kind in ("auc", "gauc", "ne", "logloss"):
-            metric, loss = f"{kind}/{head}", f"{kind}_loss_upper/{head}"
-            figures_of = [t.metrics.get(metric, math.nan) if t else math.nan for t in (base, chosen)]
-            if not any(map(math.isfinite, figures_of)):
+            metric = f"{kind}/{head}"
+            if not any(math.isfinite(t.metrics.get(metric, math.nan)) for t in (base, chosen) if t):
                 continue
-            upper = chosen.metrics.get(loss, math.nan) if chosen else math.nan
-            margin = margins.get(loss)
-            verdict = "" if margin is None or math.isnan(upper) else "kept" if upper <= margin else "lost"
             # A loss is reference minus engine, so the reference is the engine plus its loss.
             reference = base.metrics.get(metric, math.nan) + base.metrics.get(f"{kind}_loss/{head}", math.nan)
-            cells = [f"{v:.5f}" if math.isfinite(v) else "" for v in (reference, *figures_of)]
-            rows.append((head, kind.upper(), *cells, _loss(upper), _loss(margin), verdict))
-            if margin is not None and math.isfinite(upper):
-                losses.append((f"{kind.upper()}, {head}", upper, None))
+            found = judged.get((kind, head))
+            verdict = (*_bounds_of(found), found.verdict) if found else ("", "", "")
+            rows.append((head, kind.upper(), _fine(reference), _own(base, metric), _own(chosen, metric), *verdict))
+            if found:
+                losses.append((f"{kind.upper()}, {head}", found.loss, (found.lower, found.upper)))
     if not rows:
         return []
-    header = ("head", "metric", "reference", "baseline", "chosen engine", "loss, upper bound", "margin", "")
+    header = ("head", "metric", "reference", "baseline", "chosen engine", "loss (90 % interval)", "margin", "gate")
     blocks: list[Block] = [Table(header=header, rows=tuple(rows), left=2)]
-    limits = {margins[name] for name in margins if "_loss_upper/" in name}
-    if losses and len(limits) == 1 and (drawn := figures.forest(losses, "upper 95 % bound of the loss", limit=limits.pop(), zero=True)):
-        blocks.append(Drawing(name="accuracy", svg=drawn, caption="How much each head could have lost, at most, against the fp32 reference."))
+    limits = {found.margin for found in judged.values()}
+    if losses and len(limits) == 1 and (drawn := figures.forest(losses, "loss against the reference", limit=limits.pop(), zero=True)):
+        blocks.append(Drawing(name="accuracy", svg=drawn, caption="How much each head loses against the fp32 reference, with one-sided 95 % bounds."))
     masked = "Only heads the data has a signal for are trained, shown and gated. The loss is reference minus engine on the same held-out requests;"
-    return [*blocks, Text(text=f"{masked} its one-sided 95 % upper bound must stay under the margin.")]
+    blocks.append(
+        Text(
+            text=f"{masked} an engine passes where its one-sided 95 % upper bound is within the margin, fails where the lower one is beyond it, and "
+            "in between the test users are too few to decide: such an engine does not ship either. Other intervals are 95 %. All are by user."
+        )
+    )
+    return [*blocks, *_power(judged.values()), *_calibration(study, base, chosen)]
+
+
+def _power(judged: Iterable[gate.Judgement]) -> list[Block]:
+    """How many test users the margin takes, from this engine's own differences."""
+    counted = [j for j in judged if math.isfinite(j.needed)]
+    if not any(j.needed > 0 for j in counted):
+        return []
+    rows = tuple(
+        (
+            j.head,
+            j.kind.upper(),
+            f"{j.users:,.0f}",
+            f"{math.ceil(j.needed):,}",
+            f"{math.ceil(j.needed_at_loss):,}" if math.isfinite(j.needed_at_loss) else "never",
+            f"{gate.power(j.standard_error, j.margin):.0%}",
+        )
+        for j in counted
+    )
+    note = (
+        "Test users that show the margin in 80 % of all test sets, at the differences of the chosen engine: if it truly lost nothing, and if it lost "
+        "what was seen. The last column is the chance of passing with the users there are. An engine that differs more takes more."
+    )
+    return [Table(header=("head", "metric", "users", "needed, no loss", "needed, loss as seen", "power"), rows=rows, left=2), Text(text=note)]
+
+
+def _calibration(study: StudyFolder, base: TrialRecord, chosen: TrialRecord | None) -> list[Block]:
+    """What the scores promise against what came, and how far the engine moved them."""
+    rows = []
+    for head in study.record.heads:
+        if math.isfinite((chosen or base).metrics.get(f"calibration_drift/{head}", math.nan)):
+            cells = [_own(t, f"{kind}/{head}") for kind in ("calibration_bias", "ece") for t in (base, chosen)]
+            drifts = [_own(chosen or base, f"{kind}/{head}", signed=True) for kind in ("calibration_drift", "ece_drift")]
+            rows.append((head, *cells, *drifts))
+    if not rows:
+        return []
+    header = ("head", "bias, baseline", "bias, chosen", "ECE, baseline", "ECE, chosen", "drift of the mean score", "drift of ECE")
+    note = (
+        "Bias: mean prediction minus observed rate. ECE: expected calibration error over 20 bins of equally many events. Drifts: chosen engine minus "
+        "the fp32 reference. AUC cannot see any of this; bids and thresholds do."
+    )
+    return [Table(header=header, rows=tuple(rows)), Text(text=note)]
+
+
+def noise(study: StudyFolder) -> list[Block]:
+    """What the study could detect, and by how much the search flattered what it found."""
+    known = {name: value for name, value in study.record.noise.items() if value is not None}
+    rows = [(label, shown(known[name])) for name, (label, shown) in NOISE.items() if name in known]
+    blocks: list[Block] = []
+    if rows:
+        text = (
+            f"From the baseline's windows in the search, before anything was tried, for {study.record.goal.objectives[0].metric}. Improvements below "
+            "the noise floor are no difference, however many pairs are measured."
+        )
+        blocks += [Text(text=text), Table(header=("noise", ""), rows=tuple(rows))]
+    found, chosen = study.decision, facts.shipped(study)
+    if found is None or found.flattery is None or found.ratio is None or chosen is None:
+        return blocks
+    said = found.ratio.value * found.flattery.value
+    row = (facts.name_of(chosen), f"{said:.3f} x", f"{found.ratio.value:.3f} x{_range('', (found.ratio.low, found.ratio.high))}", _flattered(found))
+    text = "The winner's curse: the search shows the luckiest of many noisy windows. What ships is the confirmation's figure, from fresh windows."
+    return [*blocks, Text(text=text), Table(header=("candidate", "improvement in the search", "confirmed (95 %)", "the search"), rows=(row,))]
+
+
+def _flattered(found: Decision) -> str:
+    assert found.flattery is not None
+    value, interval = found.flattery.value, f" (95 %: {found.flattery.low:.3f} to {found.flattery.high:.3f})"
+    return f"{'flattered' if value > 1 else 'understated'} it by {abs(value - 1):.1%}: {value:.3f} x{interval}"
+
+
+def _bounds_of(found: gate.Judgement) -> tuple[str, str]:
+    return f"{found.loss:.1e} ({found.lower:.1e} to {found.upper:.1e})", f"{found.margin:g}"
+
+
+def _own(trial: TrialRecord | None, metric: str, signed: bool = False) -> str:
+    """A trial's figure with its own interval, to five digits."""
+    if trial is None or trial.measurement is None:
+        return ""
+    value, interval = trial.metrics.get(metric, math.nan), trial.measurement.intervals.get(metric)
+    text = f"{value:+.1e}" if signed and math.isfinite(value) else _fine(value)
+    if not text or interval is None:
+        return text
+    return f"{text} ({interval[0]:+.1e} to {interval[1]:+.1e})" if signed else f"{text} ({_fine(interval[0])} to {_fine(interval[1])})"
+
+
+def _fine(value: float) -> str:
+    return f"{value:.5f}" if math.isfinite(value) else ""
 
 
 def latency(study: StudyFolder) -> list[Block]:
@@ -257,7 +363,9 @@ def trials(study: StudyFolder) -> list[Block]:
         value = trial.metrics.get(metric, math.nan)
         limits = "; ".join(facts.broken(study, trial)) if trial.outcome is Outcome.MEASURED else ""
         ended = str(trial.outcome or "unfinished") + (", breaks a limit" if limits else "")
-        rows.append((str(trial.number), trial.order.role, trial.order.backend, ended, _number(metric, value), facts.settings_text(trial)))
+        interval = trial.measurement.intervals.get(metric) if trial.measurement else None
+        shown = f"{_number(metric, value)}{_range(metric, interval)}"
+        rows.append((str(trial.number), trial.order.role, trial.order.backend, ended, shown, facts.settings_text(trial)))
     # Numbers first, then words: all set to the left, or the settings would be pushed out of sight.
     return [*blocks, Table(header=("trial", "role", "engine", "outcome", metric, "settings"), rows=tuple(rows), left=6)]
 
@@ -379,10 +487,6 @@ def _gain(gain: float) -> str:
     if not math.isfinite(gain):
         return ""
     return "same" if abs(gain - 1) < 0.005 else f"{gain:.2f} x better" if gain > 1 else f"{1 / gain:.2f} x worse"
-
-
-def _loss(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.1e}"
 
 
 def _row_metrics(row: Mapping[str, Any]) -> dict[str, float]:
