@@ -1,7 +1,7 @@
 """How often a verdict is wrong, how far a search flatters its winner, what a study can detect: `python -m pipeline bench noise [STUDIES]`.
 
 Studies of which the truth is known: a window's figure is the p99 of 1,000 lognormal latencies, moved as a whole by what differs between processes.
-The verdict is the study's own (`pipeline.noise`), with its two windows of the baseline before the search. No engine runs. Half a minute.
+The verdict is the study's own (`pipeline.noise`), with its two windows of the baseline before the search. No engine runs. About a minute.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeline import noise
 from pipeline.bench.rates import rate, show
 
 FloatArray = NDArray[np.float64]
-STUDIES = 4000
+STUDIES = 2000
 REQUESTS = 1000
 LATENCY_SIGMA = 0.4
 """Of log latency within a window: p99 then lies at 2.5 times the median."""
