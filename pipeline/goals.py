@@ -24,8 +24,11 @@ PLAIN_METRICS = (
     "score_diff/max",
     "topk_agreement/10",
 )
-HEAD_METRICS = ("auc", "gauc", "ne", "logloss", "auc_loss_upper", "gauc_loss_upper")
-"""Each exists once a trained head: auc/recommendation, ..."""
+HEAD_METRICS = (
+    *("auc", "gauc", "ne", "logloss", "auc_loss_upper", "gauc_loss_upper"),
+    *("ece", "ece_drift", "calibration_bias", "calibration_drift"),
+)
+"""Each exists once a trained head: auc/recommendation, ... Drifts are the engine minus the fp32 reference; the bias is mean prediction minus rate."""
 HIGHER_IS_BETTER = ("throughput_rps", "auc", "gauc", "topk_agreement")
 POSITIVE = ("latency_ms", "throughput_rps", "time_s", "memory_mib", "gpu_memory_mib", "auc", "gauc", "ne", "logloss")
 """Always above zero, so that ratios mean something: what objectives and relative limits need."""

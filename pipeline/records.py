@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,8 @@ class StudyRecord:
     """The configuration that must not change between a start and a resume, flattened."""
     warm: tuple[tuple[str, Settings], ...] = ()
     """Points taken over from the study that `study.warm_start` names, in `fixed`."""
+    noise: Mapping[str, float] = field(default_factory=dict)
+    """What the baseline's repeats say before the search (`noise.figures`); empty until it is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,10 @@ class Decision:
     """Trial that was taken to confirmation last."""
     best: tuple[int, ...] = ()
     """Trials no feasible trial beats in every objective."""
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    """'baseline' and 'winner' -> metric -> 95 % interval of the confirmed value, where there is one."""
+    flattery: Figure | None = None
+    """The improvement that the search saw in the candidate over the confirmed one: above 1, the search flattered it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,9 +302,15 @@ def read_decision(folder: Path) -> Decision | None:
     if not (folder / "decision.json").exists():
         return None
     raw = read_json(folder / "decision.json")
-    for name in ("baseline", "winner_figure", "ratio"):
-        raw[name] = Figure(**{k: math.nan if v is None else v for k, v in raw[name].items()}) if raw[name] else None
-    return Decision(**raw | {"best": tuple(raw["best"])})
+    for name in ("baseline", "winner_figure", "ratio", "flattery"):
+        raw[name] = Figure(**{k: math.nan if v is None else v for k, v in raw[name].items()}) if raw.get(name) else None
+    intervals = {who: {metric: _pair(pair) for metric, pair in known.items()} for who, known in raw.get("intervals", {}).items()}
+    return Decision(**raw | {"best": tuple(raw["best"]), "intervals": intervals})
+
+
+def _pair(raw: Sequence[float | None]) -> tuple[float, float]:
+    low, high = (math.nan if end is None else float(end) for end in raw)
+    return low, high
 
 
 def _trials(folder: Path) -> tuple[TrialRecord, ...]:

@@ -225,13 +225,17 @@ class Search:
         """
         baseline = self._records[0].metrics
         least = 1.0 if goals.feasible(self._goal, baseline) else 0.0
-        found = [r for r in self._records.values() if r.order.role in SEARCH_ROLES and r.outcome is Outcome.MEASURED and not r.given_up]
+        found = [r for r in self.measured() if not r.given_up]
         found = [r for r in found if goals.feasible(self._goal, r.metrics) and goals.improvement(self._goal, r.metrics, baseline) > least]
         if self._proposer is None or not found:
             return sorted(found, key=lambda r: -goals.improvement(self._goal, r.metrics, baseline))
         measured = [r for r in self._records.values() if r.outcome is Outcome.MEASURED and r.order.role != "noise"]
         expected = dict(zip((r.number for r in measured), self._proposer.expected(measured), strict=True))
         return sorted(found, key=lambda r: expected[r.number])
+
+    def measured(self) -> list[TrialRecord]:
+        """The points of the search that were measured, feasible or not."""
+        return [r for r in self._records.values() if r.order.role in SEARCH_ROLES and r.outcome is Outcome.MEASURED]
 
     def front(self) -> tuple[int, ...]:
         """Numbers of the feasible trials, the baseline among them, that none other beats in every objective."""

@@ -242,6 +242,7 @@ class _Trial:
             known = quality.accuracy(session, inputs, heads, cache, accuracy_key)
             self.metrics |= known.metrics
             self.intervals |= known.intervals
+            quality.check_scores(known.metrics, self.order.settings)
         expected, what = (known.parity, "what these numerics gave before") if known else (quality.reference(inputs, "parity"), "the reference")
         difference = quality.check_parity(parity, expected, self.order.settings, what)
         self.metrics["score_diff/parity"] = difference

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from pipeline import artifact, confirm, feasibility, goals, learnt, neighbours, report, stages, study, warm
+from pipeline import artifact, confirm, feasibility, gate, goals, learnt, neighbours, noise, report, stages, study, warm
 from pipeline.config import TuneConfig
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
 from pipeline.environment import fingerprint
@@ -40,7 +40,7 @@ from pipeline.records import (
     write_study,
 )
 from pipeline.runner import run_child, tail
-from pipeline.terminal import Progress, View, last_line, result_table
+from pipeline.terminal import Progress, View, last_line, result_table, with_interval
 from pipeline.tracking import Tracker
 from search_spaces.space import Space, pin
 
@@ -235,8 +235,12 @@ class _Run:
             if not number:
                 self.rate_rps = self.config.measure.rate_rps or self.config.measure.load * record.metrics["throughput_rps/peak"]
         assert self.record is not None
-        self.record = replace(self.record, rate_rps=self.rate_rps, skipped=self.skipped)
+        assert self.goal is not None
+        pairs, floor = self.config.study.confirm_pairs, confirm.noise_floor(self.goal, windows)
+        found = noise.figures(confirm.window_spread(self.goal, windows), floor, pairs)
+        self.record = replace(self.record, rate_rps=self.rate_rps, skipped=self.skipped, noise=found)
         write_study(self.folder, self.record)
+        self.view.say(noise.words(found, self.goal.objectives[0].metric))
         return windows
 
     def search(self, baseline: list[TrialRecord]) -> tuple[study.Search, str]:
@@ -245,7 +249,7 @@ class _Run:
         resolved, config = goals.resolve(self.goal, baseline[0].metrics), self.config.study
         past = read_study(self.folder)
         search = study.Search(self.folder, self.spaces, resolved, config, past.trials, hints=past.record.warm)
-        began, trouble = time.monotonic(), ""
+        began, trouble, told = time.monotonic(), "", False
         try:
             while search.done < config.trials and not trouble and not self._out_of_time(search, began):
                 self.view.search(self._progress(search, baseline[0]))
@@ -258,6 +262,9 @@ class _Run:
                 record = search.tell(self._trial(self.folder / "trials" / f"{point.number:04d}", order))
                 self._track(record)
                 self.view.say(_trial_line(record, self._words(record.order), resolved, baseline[0]))
+                if not told and (few := gate.too_few(resolved, record.metrics)):
+                    self.view.say(few)
+                    told = True
                 trouble = search.stop_reason()
         except KeyboardInterrupt:
             self.view.say("the search was stopped; confirming the best so far (once more to leave at once, the same command goes on later)")
@@ -295,6 +302,8 @@ class _Run:
             return old
         (self.folder / "decision.json").unlink(missing_ok=True)
         decision = confirm.confirm(self.goal, baseline, ranked, front, self.config.study.confirm_pairs, self._confirmation, self.config.study.seed)
+        if decision.winner is None and (words := gate.held_back(self.goal, search.measured())):
+            decision = replace(decision, reason=f"{decision.reason}; {words}")
         write_json(self.folder / "confirm" / "state.json", state)
         write_decision(self.folder, decision)
         return decision
@@ -448,8 +457,9 @@ def _trial_line(record: TrialRecord, words: str, goal: Goal, baseline: TrialReco
         return f"{head}: {record.outcome}, {reason[0][:160] if reason else 'no reason given'}"
     if record.given_up:
         return f"{head}: decided early, {record.measurement.reason}"
-    figures = ", ".join(f"{o.metric} {record.metrics[o.metric]:.4g}" for o in goal.objectives)
-    broken = [name for name, excess in goals.excess(goal, record.metrics).items() if excess > 0]
+    intervals = record.measurement.intervals
+    figures = ", ".join(f"{o.metric} {with_interval(record.metrics[o.metric], intervals.get(o.metric))}" for o in goal.objectives)
+    broken = gate.broken(goal, record.metrics)
     verdict = f"beyond {'; '.join(broken)}" if broken else f"x{goals.improvement(goal, record.metrics, baseline.metrics):.3f}"
     return f"{head}: {figures}, {verdict}" + (", decided early" if record.metrics.get("window/decided_early") else "")
 

@@ -93,6 +93,14 @@ def test_an_engine_whose_scores_changed_is_infeasible(root: Path) -> None:
     assert "parity" in found.reason
 
 
+def test_an_engine_that_never_gave_the_references_scores_is_infeasible(tmp_path: Path) -> None:
+    """Nothing is known of its numerics, so that nothing but the reference can tell; in fp32 no AUC is asked."""
+    found = launcher(tmp_path).trial(make_trial(tmp_path, {"engine.fault": "scores"}))
+    assert found.outcome is Outcome.INFEASIBLE
+    assert "scores of the quality set differ by up to" in found.reason
+    assert "at most 5e-05 may be in fp32" in found.reason
+
+
 def test_an_engine_that_ignores_a_knob_is_infeasible(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Deaf(Fake):
         """Reports one thread whatever it was asked."""

@@ -113,14 +113,18 @@ def test_nothing_better_ends_honestly_and_ships_the_baseline(tmp_path: Path) -> 
         """Every point looks better in the search, and is not."""
         return 0.8 if order.role in ("preset", "sampled") else 1.0
 
-    code, said, study = run(config(tmp_path), Simulated(bonus=only_lucky), space(threads=(5, 4, 6)))
+    code, said, study = run(with_study(config(tmp_path), confirm_pairs=3), Simulated(bonus=only_lucky), space(threads=(5, 4, 6)))
     assert code == 0
     assert study.decision is not None
     assert study.decision.outcome == "no_improvement"
     assert study.decision.winner is None
     assert "which is worse" in study.decision.reason  # the baseline uses the best thread count
     assert artifact.verify(study.folder / "artifact").trial == 0
-    assert len(study.confirmations) == 4  # the best, then the next best, and no more
+    assert len(study.confirmations) == 12  # the best, then the next best, and no more
+    assert study.decision.flattery is not None
+    assert 1.2 < study.decision.flattery.low < 1.25 < study.decision.flattery.high
+    assert study.record.noise["confirm_pairs"] == 3
+    assert "3 pairs of windows confirm an improvement of" in said
     assert "(the baseline: no improvement)" in said.strip().splitlines()[-1]
 
 
