@@ -5,6 +5,7 @@ What a difference between two readings means is `machine`'s business. CUDA is ne
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,10 @@ class GpuState:
 
 
 def read() -> tuple[GpuState, ...]:
-    """All GPUs; empty without a driver. What a device does not tell (virtual ones keep some things back) reads as 0."""
+    """The GPUs this process may use; empty without a driver. What a device does not tell (virtual ones keep some things back) reads as 0.
+
+    Those that CUDA_VISIBLE_DEVICES leaves out are somebody else's: another trial's, where a host runs several.
+    """
     try:
         import pynvml
 
@@ -41,9 +45,21 @@ def read() -> tuple[GpuState, ...]:
     except Exception:  # any failure of a missing driver, library or device means: no NVIDIA GPU to speak of
         return ()
     try:
-        return tuple(_state(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+        return tuple(_state(pynvml, index) for index in _visible(pynvml))
     finally:
         pynvml.nvmlShutdown()
+
+
+def _visible(nvml: Any) -> list[int]:
+    """Indices of the GPUs that CUDA_VISIBLE_DEVICES names, by index or by the beginning of their UUID; all where it is not set."""
+    everything, named = range(nvml.nvmlDeviceGetCount()), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return list(everything)
+    wanted = [name.strip() for name in named.split(",") if name.strip()]
+    if all(name.isdecimal() for name in wanted):
+        return [int(name) for name in wanted if int(name) in everything]
+    uuids = {index: str(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index))) for index in everything}
+    return [index for index, uuid in uuids.items() if uuid.startswith(tuple(wanted))]
 
 
 def _state(nvml: Any, index: int) -> GpuState:

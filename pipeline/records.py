@@ -69,6 +69,8 @@ class TrialRecord:
     started: float = 0.0
     """Unix seconds."""
     finished: float = 0.0
+    place: Mapping[str, str] = field(default_factory=dict)
+    """Where it ran: 'host' and 'gpus' (see `environment.place`)."""
 
     @property
     def number(self) -> int:
@@ -229,7 +231,12 @@ def read_trial(folder: Path) -> TrialRecord:
     except (UserError, KeyError, ValueError):
         return TrialRecord(folder=folder, order=order)
     return TrialRecord(
-        folder=folder, order=order, measurement=measurement, started=float(result.get("started", 0.0)), finished=float(result.get("finished", 0.0))
+        folder=folder,
+        order=order,
+        measurement=measurement,
+        started=float(result.get("started", 0.0)),
+        finished=float(result.get("finished", 0.0)),
+        place=result.get("place", {}),
     )
 
 

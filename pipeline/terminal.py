@@ -27,7 +27,7 @@ from pipeline.runner import parse_progress
 PLAIN_EVERY_S = 20.0
 """Pause between two progress lines of one stage where there is no terminal."""
 MARKS = {"waiting": "[dim]·[/]", "running": "[cyan]▸[/]", "done": "[green]✓[/]", "failed": "[red]✗[/]"}
-NOTICES = ("waiting for another study", "ended by SIG")
+NOTICES = ("waiting for another study", "ended by SIG", "Ray: ")
 """Beginnings of the launcher's own lines, which are for the person; what children print else is in their log.txt."""
 SHOWN = (
     "latency_ms/p50",
@@ -70,6 +70,7 @@ class View:
         self._current, self._began = "", 0.0
         self._doing, self._share, self._text = "", 0.0, ""
         self._progress: Progress | None = None
+        self._progress_at = 0.0
         self._last_plain = -math.inf
         live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
         self._live = live if self._console.is_terminal else None
@@ -127,7 +128,7 @@ class View:
 
     def search(self, progress: Progress) -> None:
         """The search after one more trial."""
-        self._progress = progress
+        self._progress, self._progress_at = progress, time.monotonic()
         self._plain(f"{_counts(progress)}; best so far: {progress.best}; about {duration(progress.eta_s)} left")
 
     def table(self, table: RenderableType) -> None:
@@ -149,7 +150,8 @@ class View:
             parts.append(row)
         if self._progress:
             parts += [Text(_counts(self._progress)), Text(f"best so far: {self._progress.best}", style="bold")]
-            parts.append(Text(f"about {duration(self._progress.eta_s)} left", style="dim"))
+            left = max(0.0, self._progress.eta_s - (time.monotonic() - self._progress_at))
+            parts.append(Text(f"about {duration(left)} left", style="dim"))
         return Group(*parts)
 
     def _checklist(self) -> RenderableType:

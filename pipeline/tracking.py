@@ -42,7 +42,7 @@ PARAMETER_LIMIT = 500
 
 
 class Tracker:
-    """Logs one study while it runs. No method raises because of MLflow, and none but `finish` waits for it."""
+    """Logs one study while it runs. No method raises because of MLflow, and none but `finish` and `leave` wait for it."""
 
     def __init__(self, uri: str, experiment: str, say: Callable[[str], None] = print) -> None:
         """`uri` as MLflow takes it; empty means SQLite beside the study folders. `say` gets the one message when it cannot be reached."""
@@ -77,6 +77,11 @@ class Tracker:
         if problem and problem != self._trouble:
             self._say(problem)
         return problem
+
+    def leave(self) -> None:
+        """Log what was handed over, and no ending: the study goes on some other time."""
+        self._jobs.put(None)
+        self._thread.join()
 
     def _open(self) -> None:
         assert self._study is not None

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cache import Cache, digest
 from pipeline.contracts import Measurement, Outcome, RankingRequest, Remembering, Session, Settings
+from pipeline.environment import place
 from pipeline.errors import AutotuneError, MachineError, SettingsError, UserError
 from pipeline.records import MEMORY_WORDS, Order, read_json, write_json
 from pipeline.sequential import Decider, decider
@@ -124,7 +125,7 @@ def _recorded(path: Path, work: Any) -> int:
             traceback.print_exc()
         measurement, extra = sorted_by_fault(error), {}
     finished = time.time()
-    result = {**asdict(measurement), "seconds": finished - started, "started": started, "finished": finished, **extra}
+    result = {**asdict(measurement), "seconds": finished - started, "started": started, "finished": finished, "place": place(), **extra}
     print(f"{measurement.outcome}: {measurement.reason or 'see result.json'}", flush=True)
     try:
         write_json(path, result)

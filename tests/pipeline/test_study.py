@@ -247,6 +247,56 @@ def test_a_changed_space_keeps_what_still_lies_in_it(tmp_path: Path) -> None:
     assert bench.search.done == 3
 
 
+def test_points_that_are_out_are_not_handed_out_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, by_x(*(measured(x + 1.0) for x in range(4))), line())
+    out = [bench.search.ask() for _ in range(4)]
+    points = [point for point in out if point is not None]
+    assert sorted(int(point.settings["engine.x"]) for point in points) == [1, 2, 3]
+    assert [point.number for point in points] == [1, 2, 3]
+    assert out[3] is None  # for now: a point that fails may be asked for again
+    bench.search.tell(bench.run(points[1]))  # in whatever order they end
+    bench.judge = lambda backend, settings: Measurement(outcome=Outcome.FAILED, reason="ours")
+    bench.search.tell(bench.run(points[0]))
+    again = bench.search.ask()
+    assert again is not None
+    assert (again.number, again.settings) == (4, points[0].settings)
+
+
+def test_all_points_that_were_out_are_asked_for_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.steps(2)
+    out = [bench.search.ask() for _ in range(3)]
+    for point in out[:2]:  # the third has no folder yet
+        assert point is not None
+        bench.run(point)
+        (tmp_path / "trials" / f"{point.number:04d}" / "result.json").unlink()
+    bench.search = bench.open()
+    assert [bench.search.ask() for _ in range(3)] == out
+
+
+def test_presets_go_out_side_by_side_in_order(tmp_path: Path) -> None:
+    spaces = {name: search_spaces.of(name, 2) for name in ("eager", "compiled", "onnxruntime")}
+    one, several = Bench(tmp_path / "one", lambda b, s: measured(1.0), spaces), Bench(tmp_path / "several", lambda b, s: measured(1.0), spaces)
+    points = [several.search.ask() for _ in range(5)]
+    assert [(p.backend, p.settings) for p in points if p] == [(r.order.backend, r.order.settings) for r in one.steps(5)]
+
+
+def test_tpe_looks_elsewhere_while_points_are_out(tmp_path: Path) -> None:
+    """Its constant liar: six at once lie further apart than six drawn from one and the same model."""
+    spaces = {"e": Space(backend="e", nodes=(Float(name="engine.x", low=0.0, high=1.0, why="a line"),), defaults={"engine.x": 0.5})}
+
+    def spread(liar: bool) -> float:
+        found = []
+        for seed in range(3):
+            bench = Bench(tmp_path / f"{liar}{seed}", lambda b, s: measured(1.0 + abs(float(s["engine.x"]) - 0.3)), spaces, seed=seed, sampler="tpe")
+            bench.steps(9)
+            bench.search._study.sampler._constant_liar = liar  # type: ignore[attr-defined]
+            found.append(np.std([float(point.settings["engine.x"]) for _ in range(6) if (point := bench.search.ask())]))
+        return float(np.mean(found))
+
+    assert spread(True) > spread(False)
+
+
 def test_failures_in_a_row_or_in_share_stop_the_study(tmp_path: Path) -> None:
     spaces = line(options=tuple(range(30)))
 
