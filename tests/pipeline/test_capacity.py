@@ -59,6 +59,11 @@ def test_a_queue_that_cannot_hold_the_first_rate_is_asked_for_less() -> None:
     assert asked[:3] == [700.0, 350.0, 175.0]
     assert found.rate_rps == pytest.approx(90, rel=0.05)
     assert found.high <= min(rate for rate in asked if rate > 100)
+    known = Known(limit_ms=20.0, tail=0.01, rng=np.random.default_rng(0))
+    known.add(50.0, power_law(90.0, 4.0)(50.0))
+    known.add(60.0, None)
+    known.add(70.0, None)
+    assert known.draws().max() == 60
     nothing = search(lambda rate: None, 64.0, 20.0, probes=3)
     assert (nothing.low, nothing.high) == (0.0, 16.0)
     assert [p99 for _, p99 in nothing.probes] == [math.inf] * 3

@@ -288,6 +288,7 @@ def test_a_window_ends_when_it_is_decided_and_has_what_was_sent(serve: Callable[
     assert window.stop == Stop(reason="enough")
     assert {planned for _, planned in asked} == {400}
     assert asked[0][0] < asked[1][0] < asked[2][0] == len(window.latency_ms) == len(window.late_ms) == len(window.arrival_s) < 200
+    assert asked[2][0] - asked[0][0] >= 18  # a tenth of a second apart, of a request every hundredth
     assert window.counters["batches"] == len(window.latency_ms)
 
 

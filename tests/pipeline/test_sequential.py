@@ -167,6 +167,11 @@ def test_a_pipeline_that_holds_many_is_not_growing() -> None:
     arrivals = np.arange(2000.0)
     waits = waiting(arrivals, np.full(2000, 200.0))
     assert not any(growing(waits[:n], settled=400) for n in range(425, 2000, 25))
+    # What it holds is no growth: Robbins's boundary is 687 here.
+    held = np.full(2400, 200)
+    for length, grows in ((880, False), (895, True)):
+        held[400 + 1 :] = length
+        assert growing(held, settled=400) == grows
 
 
 # -- a trial
