@@ -1,4 +1,4 @@
-"""What the accuracy gate's verdicts are worth: error rates, power, users needed. `python -m pipeline bench gate [SHARE]`, about three minutes on two free cores.
+"""What the accuracy gate's verdicts are worth: error rates, power, users needed. `python -m pipeline bench gate [SHARE]`, minutes on two free cores.
 
 Engines of which the truth is known score users of which the truth is known. A user's events share a base rate, and an engine's deviations are partly
 shared by a user's candidates, as rounding of a history is; user and candidate counts follow MovieLens-1M's test set (1,209 users, half of them with
