@@ -26,26 +26,35 @@ class Spread:
     """How the log of one window's figure varies."""
 
     variance: float
+    """Between windows."""
     df: int
-    """Degrees of freedom: repeats beyond the first of each group."""
+    """Degrees of freedom of it: repeats beyond the first of each group."""
+    sampling: float = 0.0
+    """The part that a window's own requests explain; known well, so that it is a lower limit."""
 
     @property
     def deviation(self) -> float:
         """Of one window, as a share of its figure."""
-        return math.sqrt(self.variance)
+        return math.sqrt(max(self.variance, self.sampling))
 
 
 def spread(groups: Sequence[ArrayLike], sampling: float) -> Spread:
-    """From groups of log figures, each of one engine on one list of requests; never less than `sampling`, the variance by requests alone."""
+    """From groups of log figures, each of one engine on one list of requests, and the variance by requests alone."""
     arrays = [np.asarray(group, np.float64) for group in groups]
     df = sum(max(0, len(group) - 1) for group in arrays)
     squares = sum(float(((group - group.mean()) ** 2).sum()) for group in arrays if len(group) > 1)
-    return Spread(variance=max(squares / df if df else 0.0, sampling), df=df)
+    return Spread(variance=squares / df if df else 0.0, df=df, sampling=sampling)
 
 
 def half_width(found: Spread, *windows: int) -> float:
-    """Half of the 95 % interval of a sum or difference of means of so many windows, in logs; infinite where nothing was ever repeated."""
-    return _student(0.5 + LEVEL / 2, found.df) * math.sqrt(found.variance * sum(1 / count for count in windows))
+    """Half of the 95 % interval of a sum or difference of means of so many windows, in logs; infinite where nothing was ever repeated.
+
+    Student's, but never narrower than requests alone allow: windows that agree by luck prove nothing.
+    """
+    if found.df < 1:
+        return math.inf
+    least = _student(0.5 + LEVEL / 2, 10**6) * math.sqrt(found.sampling)
+    return max(_student(0.5 + LEVEL / 2, found.df) * math.sqrt(found.variance), least) * math.sqrt(sum(1 / count for count in windows))
 
 
 def verdict(log_ratio: float, half: float, floor: float) -> str:
@@ -72,7 +81,7 @@ def detectable(found: Spread, pairs: int) -> float:
     baseline's repeats and 2 (pairs - 1) of its own windows. Infinite where nothing is repeated at all.
     """
     df = found.df + 2 * (pairs - 1)
-    logs = (_student(0.5 + LEVEL / 2, df) + _student(POWER, df)) * math.sqrt(2 * found.variance / pairs)
+    logs = (_student(0.5 + LEVEL / 2, df) + _student(POWER, df)) * found.deviation * math.sqrt(2 / pairs)
     return math.expm1(logs) if logs < 50 else math.inf
 
 

@@ -1,4 +1,4 @@
-"""What the accuracy gate's verdicts are worth: error rates, power, users needed. `python -m pipeline bench gate [SHARE]`, about three minutes.
+"""What the accuracy gate's verdicts are worth: error rates, power, users needed. `python -m pipeline bench gate [SHARE]`, minutes on two free cores.
 
 Engines of which the truth is known score users of which the truth is known. A user's events share a base rate, and an engine's deviations are partly
 shared by a user's candidates, as rounding of a history is; user and candidate counts follow MovieLens-1M's test set (1,209 users, half of them with
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str]) -> int:
     joined = [_sum(tallies[8 * i : 8 * i + 8]) for i in range(len(cases))]
     _errors_table([world for world, _ in cases], joined)
     _power_table([world for world, _, _ in powers], found)
-    sets = max(20, int(1000 * scale))
+    sets = max(20, int(500 * scale))
     show(
         f"damage that few users meet: accepted although it loses exactly the margin of {MARGIN:g} of GAUC",
         ("users, share hit", "accepted", "by plain percentile", "nobody was hit"),

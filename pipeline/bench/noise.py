@@ -154,7 +154,7 @@ def main(arguments: Sequence[str]) -> int:
         "how often a true improvement is confirmed",
         ("pairs, windows vary by", "10 % better", "20 % better", "50 % better", "minimum detectable improvement", "confirmed at that"),
         rows,
-        "the last column ought to be 80 %; the noise floor, which an improvement must clear as well, may take a little of it",
+        "the last column ought to be 80 %: with one pair the formula is rough, with many the noise floor takes a little of it",
     )
     rows = []
     for trials in (1, 4, 12, 40, 100):
