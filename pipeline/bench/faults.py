@@ -28,8 +28,8 @@ from pipeline.contracts import Outcome
 from pipeline.errors import MachineError
 from pipeline.records import StudyFolder, TrialRecord, read_study
 
-LOCAL, RAY = ("child", "study"), ("worker", "child", "study", "host")
-"""What is killed."""
+LOCAL, RAY = ("child", "study"), ("worker", "child", "study", "host", "head")
+"""What is killed. A study whose Ray head dies ends by itself, and is started again with the next cluster's address."""
 BETWEEN_S = 2.5
 """Mean time between two kills while trials run."""
 RATE_RPS = 120.0
@@ -52,7 +52,7 @@ class Tally:
     twice: int = 0
     """Points of the search that were measured more than once."""
     failed: int = 0
-    """Trials whose child was killed."""
+    """Trials whose child was killed, or could not be measured beside so much else."""
     restarts: int = 0
     seconds: float = 0.0
     studies: int = 1
@@ -96,7 +96,7 @@ ROWS = (
     "of them lost",
     "unfinished at the end",
     "points measured twice",
-    "children killed",
+    "failed trials",
     "restarts",
     "minutes",
 )
@@ -120,13 +120,17 @@ def torment(root: Path, kinds: Sequence[str], seed: int, *, trials: int = TRIALS
         cluster = None
         if kinds != LOCAL:
             url, cluster = stack.enter_context(toy.postgres()), stack.enter_context(toy.Cluster(hosts))
-            arguments += ["launcher=ray", f"launcher.address={cluster.address}", f"study.storage='{url}'"]
+            arguments += ["launcher=ray", f"study.storage='{url}'"]
         log = stack.enter_context((root / "log.txt").open("a"))
-        study, seen, due = toy.start(arguments, log), dict[Path, bytes](), began
+
+        def begin() -> subprocess.Popen[str]:
+            return toy.start([*arguments, *([f"launcher.address={cluster.address}"] if cluster else [])], log)
+
+        study, seen, due = begin(), dict[Path, bytes](), began
         stack.callback(lambda: study.kill())
         while (code := study.poll()) != 0:
-            if code is not None:  # killed, or a baseline whose child was killed twice
-                study = toy.start(arguments, log)
+            if code is not None:  # killed, or without a head, or with a baseline whose child was killed twice
+                study = begin()
                 tally.restarts += 1
             _watch(folder, seen)
             if tally.kills.total() < kills and time.monotonic() >= due and _running(folder):
@@ -175,6 +179,9 @@ def _kill(rng: random.Random, kinds: Sequence[str], study: subprocess.Popen[str]
     if kind == "host" and cluster is not None:
         cluster.lose(rng.randrange(cluster.hosts))
         cluster.add()
+        return kind
+    if kind == "head" and cluster is not None:
+        cluster.lose_head()
         return kind
     if kind == "study":
         victims = [psutil.Process(study.pid)] if study.poll() is None else []

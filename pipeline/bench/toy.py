@@ -122,11 +122,14 @@ class Cluster:
     """A Ray cluster of processes here: `hosts` raylets with one declared GPU each. Use as a context manager."""
 
     def __init__(self, hosts: int) -> None:
-        try:
-            from ray.cluster_utils import Cluster as Raylets
-        except ImportError as error:
-            raise UserError("this needs Ray: pip install 'mtgr-autotune[ray]', or '.[dev]'") from error
+        if find_spec("ray") is None:
+            raise UserError("this needs Ray: pip install 'mtgr-autotune[ray]', or '.[dev]'")
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        self._begin(hosts)
+
+    def _begin(self, hosts: int) -> None:
+        from ray.cluster_utils import Cluster as Raylets
+
         node = {"num_cpus": 1, "object_store_memory": OBJECT_STORE}
         self._raylets = Raylets(initialize_head=True, head_node_args={**node, "num_gpus": 0, "include_dashboard": False})
         self._node = {**node, "num_gpus": 1}
@@ -151,6 +154,13 @@ class Cluster:
     def lose(self, index: int) -> None:
         """A host that dies without a word."""
         self._raylets.remove_node(self._hosts.pop(index), allow_graceful=False)
+
+    def lose_head(self) -> None:
+        """The head dies, every host with it, and another cluster takes their place at another address."""
+        hosts = self.hosts
+        for node in [self._raylets.head_node, *self._hosts]:
+            self._raylets.remove_node(node, allow_graceful=False)
+        self._begin(hosts)
 
     def __enter__(self) -> Cluster:
         return self

@@ -17,6 +17,7 @@ def test_a_study_whose_children_and_self_are_killed_loses_nothing(tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_cluster_whose_workers_hosts_and_study_are_killed_loses_nothing(tmp_path: Path) -> None:
     found = faults.torment(tmp_path, faults.RAY, seed=1, trials=8, kills=6)
     assert found.kills.total() == 6
