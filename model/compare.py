@@ -83,13 +83,13 @@ def regression_row(dataset: Dataset) -> Row:
 
 
 def table_row(name: str, samples: Sequence[LabelledRequest], scores: Sequence[NDArray[np.float32]], heads: Sequence[str], **facts: float) -> Row:
-    """AUC with DeLong's interval and GAUC with one by bootstrap over users, per head, and `facts` as further figures."""
+    """AUC and GAUC with intervals by user, per head, and `facts` as further figures."""
     metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float]] = {}
     for head, (labels, values, users) in head_columns(samples, scores, heads).items():
         if labels.all() or not labels.any():
             continue
-        metrics[f"auc/{head}"], intervals[f"auc/{head}"] = auc(labels, values), auc_interval(labels, values)
+        metrics[f"auc/{head}"], intervals[f"auc/{head}"] = auc(labels, values), auc_interval(labels, values, users)
         by_user = gauc(labels, values, users)
         if np.isfinite(by_user):
             metrics[f"gauc/{head}"], intervals[f"gauc/{head}"] = by_user, gauc_interval(labels, values, users)

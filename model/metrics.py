@@ -1,7 +1,8 @@
-"""Ranking metrics in numpy: AUC, GAUC, normalised entropy, log loss, and intervals for the first two.
+"""Ranking metrics in numpy: AUC, GAUC, normalised entropy, log loss, calibration, and their intervals.
 
 Training, the accuracy gate and the reports all judge scores with these functions, so that no two of them can disagree on ties or on
-which users count. Non-inferiority tests are built from `auc_components` and `auc_by_user` elsewhere; nothing here decides anything.
+which users count. Users are independent, events of one user are not: every interval here is by user. What one engine loses against another
+is in `model.paired`; nothing here decides anything.
 
 Labels are 0 or 1 (any dtype), scores any finite numbers, users any integers, all of shape [n]. Equal scores count one half.
 A figure that is not defined (one class only) is NaN from the functions and left out by `evaluate`.
@@ -19,6 +20,7 @@ from pipeline.contracts import HEADS, LabelledRequest
 
 FloatArray = NDArray[np.float64]
 
+CALIBRATION_BINS = 20
 _CLIP = 1e-7
 """Float32 probabilities saturate at 0 and 1, where one wrong label would cost an infinite log loss."""
 
@@ -67,8 +69,7 @@ def log_loss(labels: ArrayLike, scores: ArrayLike) -> float:
     y, s = _checked(labels, scores)
     if not len(y):
         return float("nan")
-    p = np.clip(s, _CLIP, 1 - _CLIP)
-    return float(-np.mean(np.where(y, np.log(p), np.log1p(-p))))
+    return float(_event_loss(y, s).mean())
 
 
 def normalised_entropy(labels: ArrayLike, scores: ArrayLike) -> float:
@@ -81,9 +82,9 @@ def normalised_entropy(labels: ArrayLike, scores: ArrayLike) -> float:
 
 
 def evaluate(samples: Sequence[LabelledRequest], scores: Sequence[NDArray[np.floating]], heads: Sequence[str] = HEADS) -> dict[str, float]:
-    """auc/, gauc/, ne/ and logloss/<head> of [K, 4] scores, one array a sample, over known labels. Undefined figures are left out.
+    """auc/, gauc/, ne/, logloss/, ece/ and calibration_bias/<head> of [K, 4] scores, one array a sample, over known labels.
 
-    Raises ValueError when a score is missing or not finite.
+    Undefined figures are left out. Raises ValueError when a score is missing or not finite.
     """
     figures: dict[str, float] = {}
     for head, (labels, values, users) in head_columns(samples, scores, heads).items():
@@ -92,6 +93,8 @@ def evaluate(samples: Sequence[LabelledRequest], scores: Sequence[NDArray[np.flo
             f"gauc/{head}": gauc(labels, values, users),
             f"ne/{head}": normalised_entropy(labels, values),
             f"logloss/{head}": log_loss(labels, values),
+            f"ece/{head}": expected_calibration_error(labels, values),
+            f"calibration_bias/{head}": calibration_bias(labels, values),
         }
     return {name: value for name, value in figures.items() if np.isfinite(value)}
 
@@ -123,19 +126,87 @@ def head_columns(
 def auc_components(labels: ArrayLike, scores: ArrayLike) -> tuple[FloatArray, FloatArray]:
     """DeLong's structural components: (share of negatives each positive beats [positives], share of positives each negative loses to [negatives])."""
     y, s = _checked(labels, scores)
-    ranks = _midranks(s)
     positives, negatives = int(y.sum()), int((~y).sum())
     if not positives or not negatives:
         raise ValueError(f"AUC needs both classes, got {positives} positive and {negatives} negative labels")
-    return (ranks[y] - _midranks(s[y])) / negatives, 1 - (ranks[~y] - _midranks(s[~y])) / positives
+    order = np.argsort(s)
+    ordered, sorted_y = s[order], y[order]
+    first, last = _run_ends(np.r_[True, ordered[1:] != ordered[:-1]])
+    below = np.r_[0, np.cumsum(sorted_y)]  # positives among the first i; equal scores count one half
+    positives_below = np.empty(len(s))
+    positives_below[order] = (below[first] + below[last]) / 2
+    all_below = np.empty(len(s))
+    all_below[order] = (first + last) / 2
+    return (all_below - positives_below)[y] / negatives, 1 - positives_below[~y] / positives
 
 
-def auc_interval(labels: ArrayLike, scores: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """DeLong's two-sided interval of the AUC (normal approximation, events taken as independent), cut to [0, 1]."""
+def auc_influences(labels: ArrayLike, scores: ArrayLike) -> FloatArray:
+    """[n] what each event adds to the AUC beyond its mean: the components, centred and weighted by their class. They sum to zero."""
+    y = np.asarray(labels) > 0.5
     of_positives, of_negatives = auc_components(labels, scores)
-    variance = sum(float(c.var(ddof=1)) / len(c) for c in (of_positives, of_negatives) if len(c) > 1)
-    centre, half = float(of_positives.mean()), NormalDist().inv_cdf(0.5 + level / 2) * variance**0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+    influences = np.empty(len(y))
+    influences[y] = (of_positives - of_positives.mean()) / len(of_positives)
+    influences[~y] = (of_negatives - of_negatives.mean()) / len(of_negatives)
+    return influences
+
+
+def standard_error(influences: FloatArray, users: ArrayLike) -> float:
+    """Of a figure whose deviation is the sum of these event influences, users independent and their events not; NaN with one user.
+
+    For the AUC this is DeLong's variance with components summed by user (Obuchowski 1997); with an event a user, DeLong's own.
+    """
+    _, user_of = np.unique(np.asarray(users), return_inverse=True)
+    sums = np.bincount(user_of, weights=influences)
+    return float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1))) if len(sums) > 1 else float("nan")
+
+
+def auc_interval(labels: ArrayLike, scores: ArrayLike, users: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Two-sided interval of the AUC (normal approximation, by user), cut to [0, 1]."""
+    of_positives, _ = auc_components(labels, scores)
+    low, high = _around(float(of_positives.mean()), standard_error(auc_influences(labels, scores), users), level)
+    return max(0.0, low), min(1.0, high)
+
+
+def mean_interval(values: FloatArray, users: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Two-sided interval of the mean of event values (normal approximation, by user)."""
+    centre = float(values.mean())
+    return _around(centre, standard_error((values - centre) / len(values), users), level)
+
+
+def log_loss_interval(labels: ArrayLike, scores: ArrayLike, users: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Two-sided interval of the log loss."""
+    return mean_interval(_event_loss(*_checked(labels, scores)), users, level)
+
+
+def normalised_entropy_interval(labels: ArrayLike, scores: ArrayLike, users: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Two-sided interval of the normalised entropy, the base rate's own uncertainty included (delta method). NaN with one class only."""
+    y, s = _checked(labels, scores)
+    rate, losses = float(y.mean()), _event_loss(y, s)
+    if rate in (0.0, 1.0):
+        return float("nan"), float("nan")
+    entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+    value, slope = float(losses.mean()) / entropy, np.log1p(-rate) - np.log(rate)
+    influences = ((losses - losses.mean()) - value * slope * (y - rate)) / (entropy * len(y))
+    return _around(value, standard_error(influences, users), level)
+
+
+def calibration_bias(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Mean predicted probability minus the observed rate: above zero promises too much."""
+    y, s = _checked(labels, scores)
+    return float(s.mean() - y.mean()) if len(y) else float("nan")
+
+
+def expected_calibration_error(labels: ArrayLike, scores: ArrayLike, bins: int = CALIBRATION_BINS) -> float:
+    """Mean of |mean prediction - observed rate| over bins of equal numbers of events, in the order of their scores.
+
+    Chance makes it larger than zero for perfect probabilities too; compare it with another engine's on the same events.
+    """
+    y, s = _checked(labels, scores)
+    if not len(y):
+        return float("nan")
+    order = np.argsort(s, kind="stable")
+    gaps = np.add.reduceat((s - y)[order], _bin_starts(len(y), bins))
+    return float(np.abs(gaps).sum() / len(y))
 
 
 def gauc_interval(
@@ -176,6 +247,27 @@ def _midranks(values: FloatArray) -> FloatArray:
 
 def _run_midranks(starts: NDArray[np.bool_]) -> FloatArray:
     """Mean 1-based position of the run each element lies in; `starts` marks the first element of every run."""
-    first = np.flatnonzero(starts)
-    last = np.r_[first[1:], len(starts)]
-    return ((first + last + 1) / 2)[np.cumsum(starts) - 1]
+    first, last = _run_ends(starts)
+    return (first + last + 1) / 2
+
+
+def _run_ends(starts: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[n] where the run each element lies in begins, and where the next one does."""
+    first, run = np.flatnonzero(starts), np.cumsum(starts) - 1
+    return first[run], np.r_[first[1:], len(starts)][run]
+
+
+def _bin_starts(count: int, bins: int) -> NDArray[np.int64]:
+    """Where bins of equal numbers begin among `count` events; fewer bins where there are fewer events."""
+    used = min(bins, count)
+    return np.arange(used) * count // used
+
+
+def _event_loss(labels: NDArray[np.bool_], scores: FloatArray) -> FloatArray:
+    p = np.clip(scores, _CLIP, 1 - _CLIP)
+    return -np.where(labels, np.log(p), np.log1p(-p))
+
+
+def _around(centre: float, error: float, level: float) -> tuple[float, float]:
+    half = NormalDist().inv_cdf(0.5 + level / 2) * error
+    return centre - half, centre + half

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -75,6 +76,18 @@ class MeasureConfig:
     """Most of the CPU that the hypervisor may give to other machines during a window."""
     late_limit_ms: float = 5.0
     """Most lateness (p99) of the load generator in a window that counts."""
+    cpu_drift: float = 0.25
+    """Most the CPU's clock may change over a window, as a share; only where the machine tells it."""
+    gpu_drift: float = 0.1
+    """The same for a GPU's SM clock, where neither idling nor a power cap holds it."""
+    decide_early: bool = True
+    """End a trial of the search as soon as it is decided: a limit cannot be kept, the best so far cannot be beaten, the queue grows for ever."""
+    false_reject: float = 0.01
+    """Error of each test that gives a trial up, for one that is exactly at the limit or the figure to beat; less for better ones."""
+    false_accept: float = 0.01
+    """Error of the test that accepts a limit on a percentile before the window ends."""
+    limit_ms: float = 0.0
+    """p99 within which `throughput_rps/within_limit` is the largest offered load; 0 means that it is not measured."""
 
     def __post_init__(self) -> None:
         if not 0 < self.load < 1:
@@ -83,6 +96,11 @@ class MeasureConfig:
             )
         if self.rate_rps < 0:
             raise UserError(f"measure.rate_rps must be 0 (relative) or positive, got {self.rate_rps}")
+        for name in ("false_reject", "false_accept"):
+            if not 0 < getattr(self, name) < 0.5:
+                raise UserError(f"measure.{name} is an error rate above 0 and below 0.5, got {getattr(self, name)}; the default is 0.01")
+        if self.limit_ms < 0:
+            raise UserError(f"measure.limit_ms must be 0 (not measured) or a latency in ms, got {self.limit_ms}")
         if self.concurrency < 1:
             raise UserError(f"measure.concurrency must be at least 1, got {self.concurrency}")
 
@@ -94,9 +112,13 @@ class StudyConfig:
     name: str = "movielens"
     """Folder under paths.runs and paths.reports."""
     trials: int = 12
-    """Points measured, the baseline not counted."""
+    """The search's budget in points measured, the baseline not counted. Whichever budget is spent first ends the search."""
     minutes: float = 0.0
-    """Limit of the search stage; 0 means none."""
+    """The search's budget in minutes, those of earlier runs of the study included; 0 means no such limit."""
+    engine_seconds: float = 0.0
+    """The search's budget in seconds of trials, whatever runs at the same time; 0 means no such limit."""
+    storage: str = ""
+    """Where Optuna keeps its memory of the trials: postgresql://user@host/database, or empty for SQLite in the study's folder."""
     seed: int = 0
     sampler: str = "tpe"
     """bayes, tpe or random."""
@@ -129,6 +151,10 @@ class StudyConfig:
                 raise UserError(f"study.{name} must be at least 1, got {getattr(self, name)}")
         if self.neighbours < 0:
             raise UserError(f"study.neighbours is 0 (none are measured) or how many, got {self.neighbours}")
+        for name in ("minutes", "engine_seconds"):
+            if getattr(self, name) < 0:
+                raise UserError(f"study.{name} must be positive, or 0 for no limit, got {getattr(self, name)}")
+        _check_storage(self.storage)
         if self.memory_mib < 0:
             raise UserError(f"study.memory_mib must be 0 (half of the machine's memory) or positive, got {self.memory_mib}")
 
@@ -136,6 +162,30 @@ class StudyConfig:
     def memory_limit_mib(self) -> float:
         """`memory_mib`, or what 0 means on this machine."""
         return self.memory_mib or psutil.virtual_memory().total / 2**21
+
+
+def _check_storage(url: str) -> None:
+    if not url:
+        return
+    parts = urlsplit(url)
+    if parts.scheme != "postgresql":
+        raise UserError(f"study.storage is postgresql://user@host/database, or empty for SQLite in the study's folder, got a URL of '{parts.scheme}'")
+    if parts.password or "password" in parts.query:
+        raise UserError("study.storage is written to config.yaml and the report, so it takes no password; put that in ~/.pgpass or PGPASSWORD")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LauncherConfig:
+    """Where trials run."""
+
+    name: str = "local"
+    """local: on this machine, one at a time. ray: on a Ray cluster, as many at once as it has GPUs, each with its own (see `ray_launcher`)."""
+    address: str = "auto"
+    """Of the Ray cluster: host:port of its head, or auto for the one that this host belongs to."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("local", "ray"):
+            raise UserError(f"launcher.name is one of local, ray, got {self.name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,10 +251,16 @@ class TuneConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     goal: GoalConfig = field(default_factory=GoalConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     command: str = "python -m pipeline tune"
     """The command line that gave this configuration, for the report."""
+
+    def __post_init__(self) -> None:
+        asked = [*(text.removeprefix("-") for text in self.goal.objectives), *(bound.metric for bound in self.goal.bounds)]
+        if "throughput_rps/within_limit" in asked and not self.measure.limit_ms:
+            raise UserError("the goal names throughput_rps/within_limit, which needs a limit on the p99; set measure.limit_ms, in ms")
 
 
 def compose(overrides: Sequence[str], command: str = "tune") -> tuple[TuneConfig, str]:

@@ -2,11 +2,15 @@
 
 The search picks the luckiest of many noisy figures, so its own figures prove nothing. Here windows of the baseline (A) and of one
 candidate (B) run as A B B A A B, which cancels a drift of the machine; samples are pooled. "Improved" needs the whole interval of the
-ratio above 1, its value above what the baseline differs from itself, and every bound kept. Anything less ships the baseline.
+ratio above 1, its value above what as many windows of the baseline differ from themselves, and every bound kept. Anything less ships the baseline.
+
+Intervals are those of `noise`: windows vary by more than their requests do, and how much is told by windows alone, those of the confirmation and
+the baseline's repeats in the search together. `python -m pipeline bench noise` measures how often the verdict is wrong.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,14 +18,13 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import goals
-from pipeline.contracts import Goal, Outcome
+from pipeline import gate, goals, noise
+from pipeline.contracts import Goal, Objective, Outcome
 from pipeline.records import Decision, Figure, TrialRecord
 
 FloatArray = NDArray[np.float64]
-RESAMPLES = 1000
-CHUNKS = 20
-"""Parts in which resamples are drawn, to hold megabytes and not hundreds of them."""
+RESAMPLES = 100
+"""Of the requests of a window: enough for a standard error, from which alone no verdict hangs."""
 LATENCY = "latency_ms/"
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
 CANDIDATES = 2
@@ -34,6 +37,8 @@ class Windows:
 
     records: Sequence[TrialRecord]
     latency_ms: list[FloatArray] = field(init=False)
+    known: dict[str, float] = field(init=False, default_factory=dict)
+    """Variance by requests alone, of the metrics that were asked about."""
 
     def __post_init__(self) -> None:
         assert self.records, "at least one window"
@@ -51,30 +56,35 @@ class Windows:
         common = set.intersection(*(set(r.metrics) for r in self.records))
         return {name: self.value(name) for name in sorted(common)}
 
-    def draws(self, metric: str, rng: np.random.Generator) -> FloatArray:
-        """[RESAMPLES] bootstrap figures: windows are drawn, then samples within each, because windows differ by more than their samples do."""
-        drawn = rng.integers(len(self.records), size=(RESAMPLES, len(self.records)))
-        if metric.startswith(LATENCY):
-            return np.concatenate([statistic(metric, self._pools(part, rng)) for part in np.array_split(drawn, CHUNKS)])
-        values = np.array([r.metrics[metric] for r in self.records])
-        spread = np.array([self._spread(r, metric) for r in self.records])
-        noisy = values[drawn] + spread[drawn] * rng.normal(size=drawn.shape)
-        result: FloatArray = np.maximum(noisy.mean(axis=1), 1e-12)
+    def logs(self, objectives: Sequence[Objective]) -> FloatArray:
+        """[windows] log of each window's figure, the larger the better; of several objectives their mean."""
+        columns = []
+        for objective in objectives:
+            logs = np.log([self._one(i, objective.metric) for i in range(len(self.records))])
+            columns.append(logs if objective.maximize else -logs)
+        result: FloatArray = np.mean(columns, axis=0)
         return result
 
-    def _pools(self, drawn: NDArray[np.int64], rng: np.random.Generator) -> FloatArray:
-        """[draws, windows x samples] samples of the drawn windows, each window with the same weight."""
-        lengths = np.array([len(samples) for samples in self.latency_ms])
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        places = rng.random((*drawn.shape, lengths.max())) * lengths[drawn][..., None]
-        pools: FloatArray = np.concatenate(self.latency_ms)[starts[drawn][..., None] + places.astype(np.int64)]
-        return pools.reshape(len(drawn), -1)
+    def sampling(self, objectives: Sequence[Objective], seed: int) -> float:
+        """Variance of `logs` within a window, by its requests alone; the mean over windows."""
+        rng = np.random.default_rng(seed)
+        for metric in (o.metric for o in objectives):
+            if metric not in self.known:
+                self.known[metric] = float(np.mean([self._sampling(i, metric, rng) for i in range(len(self.records))]))
+        return sum(self.known[o.metric] for o in objectives) / len(objectives) ** 2
 
-    @staticmethod
-    def _spread(record: TrialRecord, metric: str) -> float:
-        """Standard error inside one window, from its 95 % interval where it has one."""
-        low, high = record.measurement.intervals.get(metric, (0.0, 0.0)) if record.measurement else (0.0, 0.0)
-        return (high - low) / (2 * 1.96)
+    def _one(self, i: int, metric: str) -> float:
+        """A window's figure; nothing is ever quite zero, or it had no logarithm."""
+        value = float(statistic(metric, self.latency_ms[i])) if metric.startswith(LATENCY) else self.records[i].metrics[metric]
+        return max(value, 1e-12)
+
+    def _sampling(self, i: int, metric: str, rng: np.random.Generator) -> float:
+        if metric.startswith(LATENCY):
+            samples = self.latency_ms[i]
+            return float(np.log(statistic(metric, samples[rng.integers(len(samples), size=(RESAMPLES, len(samples)))])).var())
+        measurement = self.records[i].measurement
+        low, high = measurement.intervals.get(metric, (0.0, 0.0)) if measurement else (0.0, 0.0)
+        return float(((high - low) / (2 * 1.96) / self._one(i, metric)) ** 2)
 
 
 def statistic(metric: str, samples: FloatArray) -> FloatArray:
@@ -112,7 +122,8 @@ def confirm(
             windows[who].append(measure(attempt * len(order) + i, baseline[0] if who == "A" else candidate))
             if who == "B" and windows[who][-1].outcome is Outcome.INFEASIBLE:
                 break  # it cannot win any more
-        decision = decide(goal, baseline, windows["A"], windows["B"], candidate.number, front, seed)
+        claimed = goals.improvement(goal, candidate.metrics, baseline[0].metrics)
+        decision = decide(goal, baseline, windows["A"], windows["B"], candidate.number, front, seed, claimed)
         if decision.outcome == "improved":
             break
     return decision
@@ -126,29 +137,38 @@ def decide(
     candidate: int,
     front: tuple[int, ...],
     seed: int = 0,
+    claimed: float | None = None,
 ) -> Decision:
-    """The verdict on one candidate from its windows (`theirs`) and the baseline's between them (`ours`)."""
+    """The verdict on one candidate from its windows (`theirs`) and the baseline's between them (`ours`). `claimed` is its ratio in the search."""
     a_measured, b_measured = _measured(ours), _measured(theirs)
     if not a_measured or len(b_measured) < len(theirs):
         return _broken_off(goal, searched, a_measured, theirs, candidate, front)
     a, b, metric = Windows(records=a_measured), Windows(records=b_measured), goal.objectives[0].metric
-    rng = np.random.default_rng(seed)
-    ratio = _ratio(goal, a, b, rng)
+    groups = [Windows(records=_measured(searched)), a, b]
+    found = _spread(goal.objectives, groups, seed)
+    needed = [o.metric for o in goal.objectives]
+    value = goals.improvement(goal, {m: b.value(m) for m in needed}, {m: a.value(m) for m in needed})
+    half = noise.half_width(found, len(a.records), len(b.records))
+    ratio = _around(value, half)
     floor = noise_floor(goal, searched, a_measured)
     figures = {"baseline": a.metrics(), "winner": b.metrics()}
-    outcome, reason = _verdict(goal, figures["baseline"], figures["winner"], ratio, floor)
+    intervals = {who: _intervals(windows, groups, seed) for who, windows in (("baseline", a), ("winner", b))}
+    outcome, reason = _verdict(goal, figures["baseline"], figures["winner"], ratio, half, floor, min(len(a.records), len(b.records)))
     return Decision(
         outcome=outcome,
         winner=candidate if outcome == "improved" else None,
         reason=reason,
         metric=metric,
-        baseline=_figure(a, metric, rng),
-        winner_figure=_figure(b, metric, rng),
+        baseline=_figure(a, metric, groups, seed),
+        winner_figure=_figure(b, metric, groups, seed),
         ratio=ratio,
         noise_floor=floor,
         figures=figures,
         candidate=candidate,
         best=front,
+        intervals=intervals,
+        # One window of each side in the search, against all of the confirmation.
+        flattery=None if claimed is None else _around(claimed / value, noise.half_width(found, 1, 1, len(a.records), len(b.records))),
     )
 
 
@@ -160,7 +180,7 @@ def unopposed(goal: Goal, baseline: Sequence[TrialRecord], front: tuple[int, ...
         winner=None,
         reason="no trial that keeps every bound beat the baseline in the search",
         metric=metric,
-        baseline=_figure(measured, metric, np.random.default_rng(0)),
+        baseline=_figure(measured, metric, [measured], 0),
         winner_figure=None,
         ratio=None,
         noise_floor=noise_floor(goal, baseline, ()),
@@ -179,21 +199,30 @@ def noise_floor(goal: Goal, *groups: Sequence[TrialRecord]) -> float:
     return max(factors)
 
 
-def _verdict(goal: Goal, baseline: Mapping[str, float], winner: Mapping[str, float], ratio: Figure, floor: float) -> tuple[str, str]:
+def window_spread(goal: Goal, baseline: Sequence[TrialRecord], seed: int = 0) -> noise.Spread:
+    """How the objective varies between windows, from the baseline's measured ones in the search."""
+    return _spread(goal.objectives, [Windows(records=_measured(baseline))], seed)
+
+
+def _verdict(
+    goal: Goal, baseline: Mapping[str, float], winner: Mapping[str, float], ratio: Figure, half: float, floor: float, windows: int
+) -> tuple[str, str]:
     resolved = goals.resolve(goal, baseline)
-    broken = [f"{name} (here {winner[name.split()[0]]:.4g})" for name, value in goals.excess(resolved, winner).items() if value > 0]
+    broken = gate.broken(resolved, winner)
     interval = f"{ratio.value:.3f} times as good as the baseline (95 % interval {ratio.low:.3f} to {ratio.high:.3f})"
     if broken:
         return "no_improvement", f"the best candidate breaks a bound on the fresh workload: {'; '.join(broken)}"
     if not goals.feasible(resolved, baseline):
         return "improved", f"it keeps every bound and the baseline does not; {interval}"
-    noise = f"the baseline differs from itself by up to {floor:.3f}"
-    if ratio.low > 1 and ratio.value > floor:
-        return "improved", f"{interval}; {noise}; every bound holds"
-    if ratio.high < 1 / floor:
-        return "no_improvement", f"{interval}, which is worse: {noise}"
-    if ratio.value <= floor:
-        return "no_improvement", f"{interval}, which is no difference: {noise}"
+    of_means = noise.of_means(floor, windows)
+    said = f"the baseline differs from itself by up to {floor:.3f}" + (f", {of_means:.3f} in means of {windows} windows" if windows > 1 else "")
+    verdict = noise.verdict(math.log(ratio.value), half, of_means)
+    if verdict == "improved":
+        return "improved", f"{interval}; {said}; every bound holds"
+    if verdict == "worse":
+        return "no_improvement", f"{interval}, which is worse: {said}"
+    if verdict == "same":
+        return "no_improvement", f"{interval}, which is no difference: {said}"
     return "undecided", f"{interval}, which may be no difference; more requests (workload.confirm_requests) or pairs (study.confirm_pairs) would tell"
 
 
@@ -210,7 +239,7 @@ def _broken_off(
         winner=None,
         reason=f"trial {candidate} could not be confirmed: {said.splitlines()[0] if said else 'no reason given'}",
         metric=metric,
-        baseline=_figure(windows, metric, np.random.default_rng(0)),
+        baseline=_figure(windows, metric, [windows], 0),
         winner_figure=None,
         ratio=None,
         noise_floor=noise_floor(goal, searched, ours),
@@ -220,21 +249,33 @@ def _broken_off(
     )
 
 
-def _ratio(goal: Goal, a: Windows, b: Windows, rng: np.random.Generator) -> Figure:
-    """Improvement of b over a with its interval; several objectives are drawn one by one and joined as their geometric mean."""
-    logs = np.zeros(RESAMPLES)
-    for objective in goal.objectives:
-        drawn = np.log(a.draws(objective.metric, rng)) - np.log(b.draws(objective.metric, rng))
-        logs += -drawn if objective.maximize else drawn
-    low, high = np.exp(np.percentile(logs / len(goal.objectives), [2.5, 97.5]))
-    needed = [o.metric for o in goal.objectives]
-    value = goals.improvement(goal, {m: b.value(m) for m in needed}, {m: a.value(m) for m in needed})
-    return Figure(value=value, low=float(low), high=float(high))
+def _spread(objectives: Sequence[Objective], groups: Sequence[Windows], seed: int) -> noise.Spread:
+    return noise.spread([group.logs(objectives) for group in groups], float(np.mean([group.sampling(objectives, seed) for group in groups])))
 
 
-def _figure(windows: Windows, metric: str, rng: np.random.Generator) -> Figure:
-    low, high = np.percentile(windows.draws(metric, rng), [2.5, 97.5])
-    return Figure(value=windows.value(metric), low=float(low), high=float(high))
+def _figure(windows: Windows, metric: str, groups: Sequence[Windows], seed: int) -> Figure:
+    """A figure of these windows; how windows vary is learned from all `groups`."""
+    found = _spread((Objective(metric=metric),), groups, seed)
+    return _around(windows.value(metric), noise.half_width(found, len(windows.records)))
+
+
+def _intervals(windows: Windows, groups: Sequence[Windows], seed: int) -> dict[str, tuple[float, float]]:
+    """Of every figure that has one: between windows where they differ, the trials' own for accuracy, which is computed once."""
+    common = set.intersection(*(set(r.metrics) for group in groups for r in group.records))
+    result = {}
+    for metric in sorted(common):
+        kind, own = metric.partition("/")[0], windows.records[0].measurement
+        if kind in goals.POSITIVE and kind not in goals.HEAD_METRICS and windows.value(metric) > 0:
+            figure = _figure(windows, metric, groups, seed)
+            result[metric] = (figure.low, figure.high)
+        elif own is not None and metric in own.intervals:
+            result[metric] = own.intervals[metric]
+    return result
+
+
+def _around(value: float, half: float) -> Figure:
+    """A positive figure with its interval in logs."""
+    return Figure(value=value, low=value * math.exp(-half), high=value * math.exp(half))
 
 
 def _measured(records: Sequence[TrialRecord]) -> list[TrialRecord]:

@@ -160,7 +160,7 @@ class Measurement:
     effective: Settings = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
-    """Why not MEASURED, in the engine's own words where it has any."""
+    """Why not MEASURED, in the engine's own words where it has any; or why a trial was decided before its end."""
     kind: str = ""
     """Of an INFEASIBLE one, one of FAULTS; empty in results of before there were kinds (`records.kind_of`)."""
     seconds: float = 0.0

@@ -34,6 +34,11 @@ def fingerprint() -> Mapping[str, str]:
     return found
 
 
+def place() -> dict[str, str]:
+    """Where this process runs: 'host', and 'gpus', those it may use (as CUDA_VISIBLE_DEVICES has them; 'all' where that is not set)."""
+    return {"host": platform.node(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "all")}
+
+
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What changed, a line each: 'package.torch: was 2.13.0, is 2.14.0'. Empty when nothing did."""
     return [f"{key}: was {then.get(key, 'absent')}, is {now.get(key, 'absent')}" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]

@@ -9,22 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pipeline.config import GoalConfig
-from pipeline.contracts import HEADS, Bound, Goal, Objective
+from pipeline.contracts import HEADS, Bound, Goal, Measurement, Objective
 from pipeline.errors import UserError
 
 PLAIN_METRICS = (
     *(f"latency_ms/{statistic}" for statistic in ("mean", "p50", "p90", "p95", "p99", "max")),
-    *(f"throughput_rps/{kind}" for kind in ("achieved", "peak")),
+    *(f"throughput_rps/{kind}" for kind in ("achieved", "peak", "within_limit")),
     *(f"time_s/{stage}" for stage in ("build", "load", "first_score")),
     "memory_mib/peak",
     "gpu_memory_mib/held",
     "score_diff/max",
     "topk_agreement/10",
 )
-HEAD_METRICS = ("auc", "gauc", "ne", "logloss", "auc_loss_upper", "gauc_loss_upper")
-"""Each exists once a trained head: auc/recommendation, ..."""
+HEAD_METRICS = (
+    *("auc", "gauc", "ne", "logloss", "auc_loss_upper", "gauc_loss_upper"),
+    *("ece", "ece_drift", "calibration_bias", "calibration_drift"),
+)
+"""Each exists once a trained head: auc/recommendation, ... Drifts are the engine minus the fp32 reference; the bias is mean prediction minus rate."""
 HIGHER_IS_BETTER = ("throughput_rps", "auc", "gauc", "topk_agreement")
 POSITIVE = ("latency_ms", "throughput_rps", "time_s", "memory_mib", "gpu_memory_mib", "auc", "gauc", "ne", "logloss")
 """Always above zero, so that ratios mean something: what objectives and relative limits need."""
@@ -95,6 +99,25 @@ def improvement(goal: Goal, metrics: Mapping[str, float], baseline: Mapping[str,
         ratio = _metric(baseline, objective.metric) / _metric(metrics, objective.metric)
         logs.append(math.log(1 / ratio if objective.maximize else ratio))
     return math.exp(sum(logs) / len(logs))
+
+
+def decide(goal: Goal, rival: Measurement | None) -> dict[str, Any]:
+    """What a trial may end early for, as `candidate.json` carries it: the bounds of a resolved goal, and the rival's figure, which it must beat.
+
+    A rival is named where there is one and the goal has a single objective: with several, no one figure says that a point cannot win.
+    """
+    needed = {o.metric for o in goal.objectives} | {b.metric for b in goal.bounds}
+    beat: dict[str, Any] = {}
+    if rival is not None and len(goal.objectives) == 1:
+        objective = goal.objectives[0]
+        value = _metric(rival.metrics, objective.metric)
+        low, high = rival.intervals.get(objective.metric, (value, value))
+        beat = {"metric": objective.metric, "maximize": objective.maximize, "value": value, "low": min(low, value), "high": max(high, value)}
+    return {
+        "bounds": [[b.metric, b.limit, b.at_least] for b in goal.bounds],
+        "objective": beat,
+        "needs_peak": "throughput_rps/peak" in needed,
+    }
 
 
 def dominates(goal: Goal, one: Mapping[str, float], other: Mapping[str, float]) -> bool:

@@ -5,6 +5,7 @@ What a difference between two readings means is `machine`'s business. CUDA is ne
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ class GpuState:
     memory_clock_mhz: int
     throttle: int
     """NVML's bits for why clocks are held down, the harmless ones taken out."""
+    free: bool = True
+    """Whether nothing holds the clocks down, not even idling or the power cap: only then does a change of them mean anything."""
     temperature_c: int
     power_w: float
     memory_used_mib: float
@@ -31,7 +34,10 @@ class GpuState:
 
 
 def read() -> tuple[GpuState, ...]:
-    """All GPUs; empty without a driver. What a device does not tell (virtual ones keep some things back) reads as 0."""
+    """The GPUs this process may use; empty without a driver. What a device does not tell (virtual ones keep some things back) reads as 0.
+
+    Those that CUDA_VISIBLE_DEVICES leaves out are somebody else's: another trial's, where a host runs several.
+    """
     try:
         import pynvml
 
@@ -39,9 +45,21 @@ def read() -> tuple[GpuState, ...]:
     except Exception:  # any failure of a missing driver, library or device means: no NVIDIA GPU to speak of
         return ()
     try:
-        return tuple(_state(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+        return tuple(_state(pynvml, index) for index in _visible(pynvml))
     finally:
         pynvml.nvmlShutdown()
+
+
+def _visible(nvml: Any) -> list[int]:
+    """Indices of the GPUs that CUDA_VISIBLE_DEVICES names, by index or by the beginning of their UUID; all where it is not set."""
+    everything, named = range(nvml.nvmlDeviceGetCount()), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return list(everything)
+    wanted = [name.strip() for name in named.split(",") if name.strip()]
+    if all(name.isdecimal() for name in wanted):
+        return [int(name) for name in wanted if int(name) in everything]
+    uuids = {index: str(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index))) for index in everything}
+    return [index for index, uuid in uuids.items() if uuid.startswith(tuple(wanted))]
 
 
 def _state(nvml: Any, index: int) -> GpuState:
@@ -53,13 +71,14 @@ def _state(nvml: Any, index: int) -> GpuState:
         except nvml.NVMLError:
             return None
 
-    memory = ask("nvmlDeviceGetMemoryInfo")
+    memory, reasons = ask("nvmlDeviceGetMemoryInfo"), ask("nvmlDeviceGetCurrentClocksThrottleReasons") or 0
     processes = [*(ask("nvmlDeviceGetComputeRunningProcesses") or []), *(ask("nvmlDeviceGetGraphicsRunningProcesses") or [])]
     return GpuState(
         index=index,
         sm_clock_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM) or 0,
         memory_clock_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM) or 0,
-        throttle=(ask("nvmlDeviceGetCurrentClocksThrottleReasons") or 0) & ~HARMLESS_THROTTLE,
+        throttle=reasons & ~HARMLESS_THROTTLE,
+        free=not reasons,
         temperature_c=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU) or 0,
         power_w=(ask("nvmlDeviceGetPowerUsage") or 0) / 1000,
         memory_used_mib=memory.used / 2**20 if memory else 0.0,

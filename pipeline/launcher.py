@@ -1,4 +1,4 @@
-"""Where children run: here, one at a time.
+"""Where children run: here, one at a time; on a Ray cluster, `ray_launcher` does the same.
 
 A measured window shares the machine with nobody, so one lock in the cache root is held by whichever study, of any number, has a child
 at work: a trial, but also a training job, which would spoil another study's windows. Waiting comes before a child's start, so it never
@@ -7,11 +7,12 @@ counts against a deadline.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.cache import locked
 from pipeline.contracts import Measurement, Outcome
@@ -19,8 +20,38 @@ from pipeline.errors import AutotuneError, MachineError, SettingsError, UserErro
 from pipeline.records import read_json, write_json
 from pipeline.runner import ChildExit, last_phase, measurement_of, run_child, tail
 
+if TYPE_CHECKING:
+    from pipeline.config import TuneConfig
+
 Line = Callable[[str], None]
 CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP")
+
+
+class Launcher(Protocol):
+    """Where the trials of a study run."""
+
+    @property
+    def slots(self) -> int:
+        """How many run at once; may change while a study runs."""
+
+    def open(self, folder: Path) -> None:
+        """Get ready for the study in `folder`, and wait until nothing of its last run is at work. Raises UserError where trials cannot run."""
+
+    def trial(self, folder: Path, python: str = "") -> Measurement:
+        """Run the trial whose candidate.json lies in `folder`. Never raises for what the trial does; KeyboardInterrupt after `close`."""
+
+    def close(self) -> None:
+        """End whatever still runs, at once. From any thread, any number of times."""
+
+
+def chosen(config: TuneConfig, on_line: Line | None = None) -> Launcher:
+    """The launcher that a configuration asks for."""
+    cache, limits = Path(config.paths.cache).resolve(), config.study
+    if config.launcher.name == "ray":
+        from pipeline.ray_launcher import RayLauncher
+
+        return RayLauncher(address=config.launcher.address, cache=cache, deadline_s=limits.deadline_s, memory_mib=limits.memory_mib, on_line=on_line)
+    return LocalLauncher(cache=cache, deadline_s=limits.deadline_s, memory_mib=limits.memory_limit_mib, on_line=on_line)
 
 
 def measuring(cache: Path, on_line: Line | None = None) -> AbstractContextManager[None]:
@@ -43,6 +74,21 @@ class LocalLauncher:
     memory_mib: float | None = None
     """Limit of all processes of one child together."""
     on_line: Line | None = None
+    alone: bool = True
+    """Whether to hold the machine for each child; not where somebody else hands out its GPUs."""
+    closed: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+
+    @property
+    def slots(self) -> int:
+        """One: a measured window shares the machine with nobody."""
+        return 1
+
+    def open(self, folder: Path) -> None:
+        """Nothing to do: what an earlier run started died with it (`runner`)."""
+
+    def close(self) -> None:
+        """End the child that runs."""
+        self.closed.set()
 
     def trial(self, folder: Path, python: str = "") -> Measurement:
         """Run the trial whose candidate.json lies in `folder`. Never raises for what the trial does.
@@ -75,8 +121,8 @@ class LocalLauncher:
         raise _ERRORS.get(str(result["outcome"]), MachineError)(str(result["reason"]))
 
     def _run(self, arguments: list[str], folder: Path, deadline_s: float, python: str = "") -> ChildExit:
-        with measuring(self.cache, self.on_line):
-            return run_child(arguments, folder, deadline_s, self.memory_mib, self.on_line, python=python)
+        with measuring(self.cache, self.on_line) if self.alone else nullcontext():
+            return run_child(arguments, folder, deadline_s, self.memory_mib, self.on_line, python=python, stop=self.closed)
 
 
 _ERRORS: Mapping[str, type[AutotuneError]] = {"user": UserError, "infeasible": SettingsError}

@@ -5,7 +5,8 @@ sender that is late makes figures worse, never better, and a window in which it 
 spins: with two cores a sleeping sender was 0.1 ms late at the median, and one that spun through the last millisecond made the p99 of the
 same engine two to eight times as long, because it takes from the engine, and from its own interpreter, what it is there to measure.
 
-What the figures of a window are is in `percentiles`; whether the machine was ours, in `machine`. Left out: goals and decisions.
+What the figures of a window are is in `percentiles`; whether the machine was ours, in `machine`; whether a window need not go on, in
+`sequential`. Left out: goals.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from numpy.typing import NDArray
 from pipeline import machine
 from pipeline.contracts import RankingRequest, Remembering, Scores, Session
 from pipeline.errors import MachineError, Overloaded, SettingsError
+from pipeline.sequential import Seen, Stop
 
 FloatArray = NDArray[np.float64]
 Say = Callable[[str], None]
+Look = Callable[[Seen, int], Stop | None]
+"""Asked while a window of so many requests runs whether it may end."""
 
 BACKLOG_S, BACKLOG_SHARE = 1.0, 0.1
 """The open loop stops when more requests wait than arrive in this time, or than this share of the window's: a queue that long has no steady
 state, and its percentiles would tell the window's length."""
 BACKLOG_LEAST = 64
-"""So many waiting requests are no backlog at any rate: a pre-roll is a burst of as many at most."""
+"""So many waiting requests are no backlog at any rate: a pre-roll is a burst of as many at most. An engine that takes more at once needs more:
+`trial` allows twice what the closed loop keeps in flight."""
 DRAIN_S = 60.0
 LATE_MS, LATE_SHARE = 5.0, 0.1
 """The sender's p99 lateness may be this long, or this share of the latency's p99 if that is longer. Latency counts from the intended arrival, so
@@ -42,6 +47,8 @@ lateness can only make an engine look worse: the limit keeps out a machine that 
 batches in the sender's interpreter (2 to 3 ms were seen on an otherwise idle machine)."""
 PREROLL = 64
 """Requests sent in the open loop, unmeasured, right before a window: it forms smaller batches than the closed loop that warms up."""
+LOOK_S, ROOM_S = 0.1, 0.002
+"""How often a window is asked whether it may end; only where the next request is at least so far away, because asking takes about 0.3 ms."""
 SETTLED = 0.2
 """Warm when the medians of two rounds in a row differ by less than this share."""
 ROUNDS = 8
@@ -62,6 +69,8 @@ class Window:
     """From the first intended arrival to the last score."""
     counters: Mapping[str, float]
     """What the session counted in it."""
+    stop: Stop | None = None
+    """Why it ended before its last request."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,18 +80,23 @@ class Peak:
     rate_rps: float
     latency_ms: FloatArray
     per_slice_rps: FloatArray
-    """Rates of ten equal parts."""
+    """Rates of ten equal parts, or of the first few of them where it ended early."""
     counters: Mapping[str, float]
 
 
-def open_loop(session: Session, requests: Sequence[RankingRequest]) -> Window:
-    """Send each request at its `arrival_s` and wait for all. Raises SettingsError when the queue grows without bound or turns requests away."""
+def open_loop(session: Session, requests: Sequence[RankingRequest], look: Look | None = None, backlog_least: int = BACKLOG_LEAST) -> Window:
+    """Send each request at its `arrival_s`, until `look` says that it is enough, and wait for all that were sent.
+
+    Raises SettingsError when the queue grows without bound or turns requests away.
+    """
     arrivals = [request.arrival_s for request in requests]
     rate = (len(requests) - 1) / max(arrivals[-1] - arrivals[0], 1e-9)
-    limit = max(BACKLOG_LEAST, round(min(rate * BACKLOG_S, len(requests) * BACKLOG_SHARE)))
+    limit = max(backlog_least, round(min(rate * BACKLOG_S, len(requests) * BACKLOG_SHARE)))
     done, late = [0.0] * len(requests), [0.0] * len(requests)
     finished: list[int] = []
     futures: list[Future[Scores]] = []
+    lengths: list[int] = []
+    waiting, stop = 0, None
 
     def finish(i: int, future: Future[Scores]) -> None:
         done[i] = time.perf_counter()
@@ -93,35 +107,48 @@ def open_loop(session: Session, requests: Sequence[RankingRequest]) -> Window:
     refused: list[Future[Scores]] = []
     before = dict(session.counters())
     start = time.perf_counter() + 0.01 - arrivals[0]
+    looked = start
     for i, request in enumerate(requests):
         due = start + arrivals[i]
+        if look and i and due - (now := time.perf_counter()) > ROOM_S and now - looked > LOOK_S:
+            looked = now
+            stop = look(_seen(arrivals, done, lengths, start, now), len(requests))
+            if stop:
+                break
         while (left := due - time.perf_counter()) > 0:
             time.sleep(left)
         late[i] = time.perf_counter() - due
         futures.append(session.submit(request))
         futures[-1].add_done_callback(partial(finish, i))
         waiting = i + 1 - len(finished)
+        lengths.append(waiting)
         if refused or waiting > limit:
             break
-    else:
+    sent, too_much = len(futures), bool(refused) or waiting > limit or (stop is not None and stop.overloaded)
+    if not too_much:
         wait(futures, timeout=DRAIN_S)
-        waiting = len(requests) - len(finished)
-    if refused or len(futures) < len(requests) or waiting:
+        waiting = sent - len(finished)
+    if refused or too_much or waiting:
         for future in futures:
             future.cancel()
-        _overloaded(refused, rate, waiting, limit, arrivals[len(futures) - 1] - arrivals[0])
-    latency = (np.array(done) - start - np.array(arrivals)) * 1000
+        _overloaded(refused, rate, stop.reason if stop and stop.overloaded else "", waiting, limit, arrivals[sent - 1] - arrivals[0])
     return Window(
-        arrival_s=np.array(arrivals),
-        latency_ms=latency,
-        late_ms=np.array(late) * 1000,
+        arrival_s=np.array(arrivals[:sent]),
+        latency_ms=(np.array(done[:sent]) - start - np.array(arrivals[:sent])) * 1000,
+        late_ms=np.array(late[:sent]) * 1000,
         seconds=max(done) - start - arrivals[0],
         counters=_delta(before, session.counters()),
+        stop=stop,
     )
 
 
-def closed_loop(session: Session, requests: Sequence[RankingRequest], concurrency: int, seconds: float) -> Peak:
-    """Keep `concurrency` requests in flight for that long, going through the list over and over, each time as if for the first time."""
+def closed_loop(
+    session: Session, requests: Sequence[RankingRequest], concurrency: int, seconds: float, enough: Callable[[FloatArray], bool] | None = None
+) -> Peak:
+    """Keep `concurrency` requests in flight for that long, going through the list over and over, each time as if for the first time.
+
+    `enough` is asked after each tenth of the time, with the rates of the tenths so far, whether it may end.
+    """
     concurrency = min(concurrency, int(session.effective.get("serve.queue_limit", concurrency)))
     slots = threading.Semaphore(concurrency)
     finished: list[tuple[float, float]] = []
@@ -132,22 +159,27 @@ def closed_loop(session: Session, requests: Sequence[RankingRequest], concurrenc
         slots.release()
 
     before = dict(session.counters())
+    looked, tenths = 0, 10
     start = time.perf_counter()
     for i in count():
         if i % len(requests) == 0:
             _forget(session)
         slots.acquire()
-        if (sent := time.perf_counter()) - start >= seconds:
+        sent = time.perf_counter()
+        if sent - start >= seconds:
             break
+        if enough and (tenths := int((sent - start) / seconds * 10)) > looked:
+            looked = tenths
+            if enough(_rates(finished, start, seconds, tenths)):
+                break
         futures.append(session.submit(requests[i % len(requests)]))
         futures[-1].add_done_callback(partial(finish, sent))
     for future in futures:
         future.result(DRAIN_S)  # what the engine raised, this raises
-    ends = np.array([end for end, _ in finished]) - start
     latency = np.array([end - sent for end, sent in finished]) * 1000
-    slices = np.histogram(ends, bins=10, range=(0, seconds))[0] * 10 / seconds
+    slices = _rates(finished, start, seconds, tenths)
     counters = _delta(before, session.counters())
-    return Peak(rate_rps=float((ends <= seconds).sum() / seconds), latency_ms=latency, per_slice_rps=slices, counters=counters)
+    return Peak(rate_rps=float(slices.mean()), latency_ms=latency, per_slice_rps=slices, counters=counters)
 
 
 def warm_up(session: Session, requests: Sequence[RankingRequest], concurrency: int, seconds: float, say: Say) -> int:
@@ -184,28 +216,38 @@ def timed_window(
     late_limit_ms: float = LATE_MS,
     foreign_share: float = machine.FOREIGN_SHARE,
     steal_share: float = machine.STEAL_SHARE,
+    cpu_drift: float = machine.CPU_DRIFT,
+    gpu_drift: float = machine.GPU_DRIFT,
     read: machine.Reader = machine.read,
+    look: Look | None = None,
+    backlog_least: int = BACKLOG_LEAST,
 ) -> Window:
     """A window that counts: nothing compiled in it, the sender kept time, the machine was ours. Repeated up to `repeats` times.
+
+    One that `look` ends early counts by the same rules.
 
     Raises SettingsError when the load is too much or the engine keeps compiling, MachineError when every window was disturbed.
     """
     gc.collect()
     gc.freeze()
-    seen_overload, engines = False, int(session.effective.get("engine.processes", 1))
+    engines = int(session.effective.get("engine.processes", 1))
+    judge = partial(
+        machine.disturbance, foreign_share=foreign_share, steal_share=steal_share, engines=engines, cpu_drift=cpu_drift, gpu_drift=gpu_drift
+    )
+    seen_overload = False
     for left in range(repeats, -1, -1):
         before = read()
         compiled = 0.0
         try:
-            open_loop(session, preroll)
+            open_loop(session, preroll, None, backlog_least)
             _forget(session)
-            window = open_loop(session, requests)
+            window = open_loop(session, requests, look, backlog_least)
             compiled = window.counters.get("compilations", 0.0)
-            reason = spoilt(window, late_limit_ms) or machine.disturbance(before, read(), foreign_share, steal_share, engines)
+            reason = spoilt(window, late_limit_ms) or judge(before, read())
             if not reason:
                 return window
         except SettingsError as overload:
-            reason = machine.disturbance(before, read(), foreign_share, steal_share, engines)
+            reason = judge(before, read())
             # A machine that stood still for a moment looks like an engine that cannot keep up: only a second time convinces.
             if not reason and (seen_overload or not left):
                 raise
@@ -233,13 +275,29 @@ def quick_switching() -> None:
     sys.setswitchinterval(SWITCH_S)
 
 
-def _overloaded(refused: Sequence[Future[Scores]], rate: float, waiting: int, limit: int, seconds: float) -> None:
+def _seen(arrivals: Sequence[float], done: Sequence[float], lengths: Sequence[int], start: float, now: float) -> Seen:
+    """A window so far; `done`, `start` and `now` are of one clock, and 0 stands for a request under way."""
+    sent = len(lengths)
+    due, ended = np.array(arrivals[:sent]), np.array(done[:sent])
+    finished = ended > 0
+    latency = (np.where(finished, ended, now) - start - due) * 1000
+    return Seen(latency_ms=latency, finished=finished, waiting=np.array(lengths), arrival_s=due)
+
+
+def _rates(finished: Sequence[tuple[float, float]], start: float, seconds: float, tenths: int) -> FloatArray:
+    """Requests a second in each of the first `tenths` tenths of a closed loop."""
+    ends = np.array([end for end, _ in finished]) - start
+    slices: FloatArray = np.histogram(ends, bins=tenths, range=(0, seconds * tenths / 10))[0] * 10 / seconds
+    return slices
+
+
+def _overloaded(refused: Sequence[Future[Scores]], rate: float, grown: str, waiting: int, limit: int, seconds: float) -> None:
     """Say why the open loop was stopped. A failure of the engine is raised as it is."""
     for future in refused:
         error = future.exception()
         if error and not isinstance(error, Overloaded):
             raise error
-    how = "a request was turned away" if refused else f"{waiting} requests were waiting, {limit} at most may"
+    how = "a request was turned away" if refused else grown or f"{waiting} requests were waiting, {limit} at most may"
     said = f"overloaded at {rate:.1f} requests/s: {how} after {seconds:.1f} s; these settings cannot keep up with the offered load"
     raise SettingsError(said, "overloaded")
 

@@ -35,7 +35,7 @@ class Check:
     trial: int
     """The neighbour."""
     effect: Figure | None
-    """By which factor the winner's value is better; None where the other was refused or breaks a bound, `verdict` saying so."""
+    """By which factor the winner's value is better; None where the other was refused, given up or breaks a bound, as `verdict` says."""
     verdict: str
 
 
@@ -110,6 +110,8 @@ def _compared(goal: Goal, winner: TrialRecord, trial: TrialRecord, knob: str, sp
         verdict = "matters: the other value is refused"
     elif goals.missing(goal, trial.metrics) or not goals.feasible(goal, trial.metrics):
         verdict = "matters: the other value breaks a limit"
+    elif trial.given_up:  # its figures are of a part of a window
+        verdict = "matters: the other value was given up early, it could not win"
     else:
         log = math.log(goals.improvement(goal, winner.metrics, trial.metrics))
         half = 1.96 * math.hypot(*(max(spread, _inside(goal, t)) for t in (winner, trial)))

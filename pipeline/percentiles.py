@@ -17,8 +17,8 @@ from pipeline.measure import Peak, Window
 
 FloatArray = NDArray[np.float64]
 SHARES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
-T_9 = 2.262157
-"""Student's t, 9 degrees of freedom, 97.5 %: ten slices of a closed loop."""
+STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.262157)
+"""Student's t, 97.5 %, for 1 to 9 degrees of freedom: two to ten slices of a closed loop."""
 
 
 def samples_needed(share: float, confidence: float = 0.99) -> int:
@@ -50,7 +50,11 @@ def percentile(samples: FloatArray, share: float, level: float = 0.95) -> tuple[
 
 
 def figures(window: Window) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Metrics and 95 % intervals of an open-loop window. A percentile that so few samples cannot show is left out."""
+    """Metrics and 95 % intervals of an open-loop window. A percentile that so few samples cannot show is left out.
+
+    A window that was decided early has all percentiles, however few its samples: what was decided says how they compare, and `window/decided_early`
+    marks them. `window/given_up` marks what cannot win, so that its figures are never taken for those of a rival.
+    """
     latency = window.latency_ms
     offered = (len(latency) - 1) / max(float(window.arrival_s[-1] - window.arrival_s[0]), 1e-9)
     metrics = {
@@ -63,17 +67,20 @@ def figures(window: Window) -> tuple[dict[str, float], dict[str, tuple[float, fl
     }
     metrics |= {f"window/{name}": window.counters.get(name, 0.0) for name in ("compilations", "batches", "rejected")}
     metrics |= _found("window", window.counters)
+    if window.stop:
+        metrics |= {"window/decided_early": 1.0, "window/given_up": float(window.stop.given_up)}
     intervals = {}
     for name, share in SHARES.items():
-        if len(latency) >= samples_needed(share):
+        if window.stop or len(latency) >= samples_needed(share):
             value, low, high = percentile(latency, share)
             metrics[f"latency_ms/{name}"], intervals[f"latency_ms/{name}"] = value, (low, high)
     return metrics, intervals
 
 
 def peak_figures(peak: Peak) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Metric and 95 % interval of a closed loop, from its ten slices."""
-    half = T_9 * float(peak.per_slice_rps.std(ddof=1)) / math.sqrt(len(peak.per_slice_rps))
+    """Metric and 95 % interval of a closed loop, from its ten slices or fewer."""
+    slices = len(peak.per_slice_rps)
+    half = STUDENT[slices - 2] * float(peak.per_slice_rps.std(ddof=1)) / math.sqrt(slices)
     metrics = {"throughput_rps/peak": peak.rate_rps, **_found("peak", peak.counters)}
     return metrics, {"throughput_rps/peak": (max(0.0, peak.rate_rps - half), peak.rate_rps + half)}
 

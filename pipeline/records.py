@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class Order:
     seed: int = 0
     python: str = ""
     """Interpreter of the child; empty means this one."""
+    decide: Mapping[str, Any] = field(default_factory=dict)
+    """What the trial may end early for (`goals.decide`): limits, and the figures to beat. Empty means: measure all of it."""
 
     @property
     def candidate(self) -> Candidate:
@@ -67,6 +69,8 @@ class TrialRecord:
     started: float = 0.0
     """Unix seconds."""
     finished: float = 0.0
+    place: Mapping[str, str] = field(default_factory=dict)
+    """Where it ran: 'host' and 'gpus' (see `environment.place`)."""
 
     @property
     def number(self) -> int:
@@ -82,6 +86,11 @@ class TrialRecord:
     def metrics(self) -> Mapping[str, float]:
         """Empty unless MEASURED."""
         return self.measurement.metrics if self.measurement else {}
+
+    @property
+    def given_up(self) -> bool:
+        """Decided early, and not in its favour: its figures come from a part of a window and only tell where it lies."""
+        return bool(self.metrics.get("window/given_up"))
 
     @property
     def log(self) -> str:
@@ -123,6 +132,8 @@ class StudyRecord:
     """The configuration that must not change between a start and a resume, flattened."""
     warm: tuple[tuple[str, Settings], ...] = ()
     """Points taken over from the study that `study.warm_start` names, in `fixed`."""
+    noise: Mapping[str, float] = field(default_factory=dict)
+    """What the baseline's repeats say before the search (`noise.figures`); empty until it is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +169,10 @@ class Decision:
     """Trial that was taken to confirmation last."""
     best: tuple[int, ...] = ()
     """Trials no feasible trial beats in every objective."""
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    """'baseline' and 'winner' -> metric -> 95 % interval of the confirmed value, where there is one."""
+    flattery: Figure | None = None
+    """The improvement that the search saw in the candidate over the confirmed one: above 1, the search flattered it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +231,12 @@ def read_trial(folder: Path) -> TrialRecord:
     except (UserError, KeyError, ValueError):
         return TrialRecord(folder=folder, order=order)
     return TrialRecord(
-        folder=folder, order=order, measurement=measurement, started=float(result.get("started", 0.0)), finished=float(result.get("finished", 0.0))
+        folder=folder,
+        order=order,
+        measurement=measurement,
+        started=float(result.get("started", 0.0)),
+        finished=float(result.get("finished", 0.0)),
+        place=result.get("place", {}),
     )
 
 
@@ -289,9 +309,15 @@ def read_decision(folder: Path) -> Decision | None:
     if not (folder / "decision.json").exists():
         return None
     raw = read_json(folder / "decision.json")
-    for name in ("baseline", "winner_figure", "ratio"):
-        raw[name] = Figure(**{k: math.nan if v is None else v for k, v in raw[name].items()}) if raw[name] else None
-    return Decision(**raw | {"best": tuple(raw["best"])})
+    for name in ("baseline", "winner_figure", "ratio", "flattery"):
+        raw[name] = Figure(**{k: math.nan if v is None else v for k, v in raw[name].items()}) if raw.get(name) else None
+    intervals = {who: {metric: _pair(pair) for metric, pair in known.items()} for who, known in raw.get("intervals", {}).items()}
+    return Decision(**raw | {"best": tuple(raw["best"]), "intervals": intervals})
+
+
+def _pair(raw: Sequence[float | None]) -> tuple[float, float]:
+    low, high = (math.nan if end is None else float(end) for end in raw)
+    return low, high
 
 
 def _trials(folder: Path) -> tuple[TrialRecord, ...]:

@@ -3,11 +3,13 @@
 What a search asks for is answered with fresh noise, with the failures there were, and for what it costs. `study.Search` itself is driven, so
 what is judged is the code that tunes. Nothing here is a measurement of an engine: figures of a replay are figures about searching.
 
-How a recorded grid is read (`Recorded`): a point's truth is the statistic over all of its records pooled, each first scaled so that they agree;
-a fresh window is a block bootstrap of one of them, times a factor that windows differ by, drawn from the points that were measured twice and are
-nearest in level, less what the bootstrap varies by already. Truth is then exact within the replay. Against the real engine it keeps the noise
-of the one or two windows it was measured in: the grid looks rougher than it is, which is hard on samplers that learn, and its best point looks
-better than it is: `bench search` has a row for measuring the whole grid once and taking its best, which is how much that comes to.
+How a recorded grid is read (`Recorded`). One window's p99 may be off by a quarter, and of many points the best then is the luckiest, not the
+fastest. So a point's truth is not its figure: it is drawn towards what a random forest says of it that never saw it (out of bag), the more, the
+more windows of one point differ and the less points differ from the forest beyond that (empirical Bayes; `spread` is measured on the points
+recorded twice). A fresh window has a p99 of the truth times what a measured one nearest in level differed by from its own: as widely as the twice
+recorded differ, as lopsidedly as all do, because what disturbs a window makes it slower. Its samples are a block bootstrap of one of the point's
+windows, scaled to that p99. Truth is exact within the replay; against the real
+engine it is too smooth where the forest missed a cliff that noise hides. A forest is none of the samplers that are judged.
 """
 
 from __future__ import annotations
@@ -28,16 +30,19 @@ from pipeline.config import GoalConfig, StudyConfig
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
 from pipeline.landscape import Landscape, Record
 from pipeline.records import Order, TrialRecord
+from pipeline.surrogate import Coder
 from search_spaces.space import Space, Value
 
 FloatArray = NDArray[np.float64]
 PERCENTILES = {"latency_ms/p50": 50.0, "latency_ms/p90": 90.0, "latency_ms/p95": 95.0, "latency_ms/p99": 99.0}
-RATES = ("throughput_rps/peak",)
-"""Metrics beside latencies that a goal may be about and that vary between windows."""
+TAIL = "latency_ms/p99"
+SHRUNK = (TAIL, "throughput_rps/peak")
+"""Metrics that a goal may be about and that vary between windows; other percentiles go with p99."""
 NEAREST = 15
-"""Of the points measured twice, so many give the spread between windows of a point."""
-DRAWS = 100
-"""Bootstrap windows that say how much a statistic varies within one."""
+"""So many windows nearest in level say how windows of a point differ."""
+TREES = 300
+FEWEST = 40
+"""Measured points below which there is no forest, and truth is the mean of a point's records."""
 
 
 class World(Protocol):
@@ -69,8 +74,8 @@ class Recorded:
 
     def __init__(self, grid: Landscape) -> None:
         self.grid, self.name, self.objectives, self.rate_rps, self.spaces = grid, grid.name, grid.objectives, grid.rate_rps, grid.spaces
-        self._pools: dict[str, _Pool | None] = {}
-        self._spreads: dict[str, Spread] = {}
+        self.spreads: dict[str, Spread] = {}
+        self._pools = self._pooled()
 
     def points(self) -> Iterator[tuple[str, dict[str, Value]]]:
         """The points with at least one record that is not FAILED."""
@@ -86,64 +91,89 @@ class Recorded:
         records = self.grid.of(backend, settings)
         if not records:
             return lost(backend, settings, "the landscape has no record of this point", 0.0)
-        which = int(rng.integers(len(records)))
-        record, pool = records[which], self._pool(backend, settings)
+        record, pool = records[int(rng.integers(len(records)))], self._pools.get(landscape.key(backend, settings))
         if record.outcome is not Outcome.MEASURED or pool is None:
             return record
-        factor = {metric: self.spread(metric).draw(pool.truth[metric], rng) for metric in ("latency_ms/p99", *RATES) if metric in pool.truth}
-        latency = blocks(pool.windows[int(rng.integers(len(pool.windows)))], rng) * factor.get("latency_ms/p99", 1.0)
-        rates = {metric: pool.truth[metric] * factor[metric] for metric in RATES if metric in factor}
+        factor = {metric: self.spreads[metric].draw(pool.truth[metric], rng) for metric in SHRUNK if metric in pool.truth}
+        latency = blocks(pool.windows[int(rng.integers(len(pool.windows)))], rng)
+        latency *= pool.truth[TAIL] * factor[TAIL] / float(np.percentile(latency, PERCENTILES[TAIL]))
+        rates = {metric: pool.truth[metric] * factor[metric] for metric in factor if metric != TAIL}
         return replace(record, metrics={**record.metrics, **rates, **statistics(latency)}, latency_ms=latency)
 
     def truth(self, backend: str, settings: Settings) -> Mapping[str, float]:
-        """Statistics over the pooled records. A point refused in any of its records counts as refused."""
-        pool = self._pool(backend, settings)
+        """As the module's docstring says. A point refused in any of its records counts as refused."""
+        pool = self._pools.get(landscape.key(backend, settings))
         return pool.truth if pool else {}
-
-    def spread(self, metric: str) -> Spread:
-        """How windows of one point differ in a metric."""
-        if metric not in self._spreads:
-            self._spreads[metric] = self._measured_spread(metric)
-        return self._spreads[metric]
-
-    def _measured_spread(self, metric: str) -> Spread:
-        twice = [[r for r in self.grid.of(*point) if r.outcome is Outcome.MEASURED] for point in self.grid.points()]
-        twice = [records for records in twice if len(records) > 1 and all(r.metrics.get(metric, 0.0) > 0 for r in records)]
-        logs = [np.log([r.metrics[metric] for r in records[:2]]) for records in twice]
-        level, gap = np.array([x.mean() for x in logs]), np.array([x[0] - x[1] for x in logs])
-        within = np.zeros(len(twice))
-        if metric in PERCENTILES:
-            rng = np.random.default_rng(0)
-            share = PERCENTILES[metric]
-            for i, records in enumerate(twice):
-                drawn = [[np.percentile(blocks(r.latency_ms, rng), share) for _ in range(DRAWS)] for r in records[:2]]
-                within[i] = np.log(drawn).var(axis=1).sum()
-        real = math.sqrt(max(0.0, 1 - within.mean() / max(float((gap**2).mean()), 1e-12))) if len(twice) else 0.0
-        return Spread(level=level, log=gap / math.sqrt(2) * real)
 
     def _decided(self, backend: str, settings: Settings) -> bool:
         return any(r.outcome is not Outcome.FAILED for r in self.grid.of(backend, settings))
 
-    def _pool(self, backend: str, settings: Settings) -> _Pool | None:
-        name = landscape.key(backend, settings)
-        if name not in self._pools:
-            self._pools[name] = _pooled(self.grid.of(backend, settings))
-        return self._pools[name]
+    def _pooled(self) -> dict[str, _Pool]:
+        """Of every point that was measured and never refused."""
+        measured = {}
+        for backend, settings in self.grid.points():
+            records = self.grid.of(backend, settings)
+            found = [r for r in records if r.outcome is Outcome.MEASURED]
+            if found and not any(r.outcome is Outcome.INFEASIBLE for r in records):
+                measured[landscape.key(backend, settings)] = found
+        truths = {metric: self._shrunk(metric, measured) for metric in SHRUNK if all(metric in r.metrics for m in measured.values() for r in m)}
+        for metric, truth in truths.items():
+            self.spreads[metric] = self._spread(metric, measured, truth)
+        return {name: _pooled(records, {metric: truth[name] for metric, truth in truths.items()}) for name, records in measured.items()}
+
+    def _shrunk(self, metric: str, measured: Mapping[str, Sequence[Record]]) -> dict[str, float]:
+        """Point -> its truth in one metric."""
+        logs = np.array([np.mean(_logs(metric, records)) for records in measured.values()])
+        twice = self._twice(metric, measured)
+        if len(measured) >= FEWEST and len(twice.level):
+            from sklearn.ensemble import RandomForestRegressor
+
+            rows = Coder(self.spaces).rows([(records[0].backend, records[0].settings) for records in measured.values()])
+            forest = RandomForestRegressor(TREES, oob_score=True, min_samples_leaf=2, max_features=0.6, random_state=0).fit(rows, logs)
+            expected = forest.oob_prediction_
+            noise = np.array([twice.near(x).var() / len(records) for x, records in zip(logs, measured.values(), strict=True)])
+            own = max(0.0, float(((logs - expected) ** 2).mean() - noise.mean()))
+            logs = expected + own / (own + noise) * (logs - expected)
+        return dict(zip(measured, np.exp(logs).tolist(), strict=True))
+
+    def _spread(self, metric: str, measured: Mapping[str, Sequence[Record]], truth: Mapping[str, float]) -> Spread:
+        """How measurements differ from their point's truth: as widely as those of twice recorded points, as lopsidedly as all."""
+        twice = self._twice(metric, measured)
+        if not len(twice.level):
+            return twice
+        enough = len(measured) >= FEWEST
+        kept = [name for name, records in measured.items() if enough or len(records) > 1]
+        level = [math.log(truth[name]) for name in kept for _ in measured[name]]
+        away = np.concatenate([_logs(metric, measured[name]) for name in kept]) - level
+        return Spread(level=np.array(level), log=(away - away.mean()) * twice.log.std() / max(float(away.std()), 1e-12))
+
+    @staticmethod
+    def _twice(metric: str, measured: Mapping[str, Sequence[Record]]) -> Spread:
+        """Differences of the twice recorded points, as those of one window from the mean of many; both signs, because neither came first."""
+        logs = [_logs(metric, records[:2]) for records in measured.values() if len(records) > 1]
+        gaps = np.array([x[0] - x[1] for x in logs]) / math.sqrt(2)
+        return Spread(level=np.array([x.mean() for x in logs] * 2), log=np.concatenate([gaps, -gaps]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spread:
-    """Logarithmic differences between windows, by the level of the points that showed them."""
+    """Logarithms of what measurements differ by from their point's truth, and the level of the points that showed them."""
 
     level: FloatArray
     log: FloatArray
 
     def draw(self, value: float, rng: np.random.Generator) -> float:
         """A factor for one window of a point of this figure; 1 where nothing was measured twice."""
-        if not len(self.level):
-            return 1.0
-        near = np.argsort(np.abs(self.level - math.log(value)))[:NEAREST]
-        return math.exp(float(self.log[rng.choice(near)]) * float(rng.choice((-1.0, 1.0))))
+        return math.exp(float(rng.choice(self.near(math.log(value))))) if len(self.level) else 1.0
+
+    def near(self, level: float) -> FloatArray:
+        """Those of the nearest points."""
+        found: FloatArray = self.log[np.argsort(np.abs(self.level - level), kind="stable")[:NEAREST]]
+        return found
+
+
+def _logs(metric: str, records: Sequence[Record]) -> FloatArray:
+    return np.log([r.metrics[metric] for r in records])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,15 +182,12 @@ class _Pool:
     truth: Mapping[str, float]
 
 
-def _pooled(records: Sequence[Record]) -> _Pool | None:
-    measured = [r for r in records if r.outcome is Outcome.MEASURED]
-    if not measured or any(r.outcome is Outcome.INFEASIBLE for r in records):
-        return None
-    tails = np.log([np.percentile(r.latency_ms, 99) for r in measured])
-    windows = [r.latency_ms * math.exp(tails.mean() - tail) for r, tail in zip(measured, tails, strict=True)]
-    common = set.intersection(*(set(r.metrics) for r in measured))
-    means = {name: float(np.mean([r.metrics[name] for r in measured])) for name in common}
-    return _Pool(windows=windows, truth={**means, **statistics(np.concatenate(windows))})
+def _pooled(records: Sequence[Record], truth: Mapping[str, float]) -> _Pool:
+    """`truth` holds the metrics of SHRUNK; windows are scaled to its p99."""
+    windows = [r.latency_ms * (truth[TAIL] / float(np.percentile(r.latency_ms, 99))) for r in records]
+    common = set.intersection(*(set(r.metrics) for r in records))
+    means = {name: float(np.mean([r.metrics[name] for r in records])) for name in common}
+    return _Pool(windows=windows, truth={**means, **statistics(np.concatenate(windows)), **truth})
 
 
 def statistics(latency_ms: FloatArray) -> dict[str, float]:
@@ -227,7 +254,7 @@ def goal_of(world: World, objectives: Sequence[str] = ()) -> Goal:
     known = world.truth(backend, space.point({}))
     heads = [name.partition("/")[2] for name in known if name.startswith("auc_loss_upper/")]
     gated = all(f"gauc_loss_upper/{head}" in known for head in heads) and bool(heads)
-    config = GoalConfig(objectives=list(objectives or world.objectives[:1]), **({} if gated else {"accuracy_margin": 0.0}))
+    config = GoalConfig(objectives=list(objectives or world.objectives[:1]), accuracy_margin=GoalConfig().accuracy_margin if gated else 0.0)
     return goals.resolve(goals.goal_from(config, heads), known)
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,10 +73,12 @@ def run_child(
     on_line: Callable[[str], None] | None = None,
     env: Mapping[str, str] | None = None,
     python: str = "",
+    stop: threading.Event | None = None,
 ) -> ChildExit:
     """Run `python -m module_args...` to its end or its limits; its output goes to `folder`/log.txt and, line by line, to `on_line`.
 
-    `env` is added to this process's environment. When this returns, or raises (KeyboardInterrupt), no process of the child is left.
+    `env` is added to this process's environment. Raises KeyboardInterrupt once `stop` is set, from whatever thread. When this returns, or
+    raises, no process of the child is left.
     A result.json of an earlier run is removed first.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,7 @@ def run_child(
         tree = _Tree(child.pid)
         try:
             announce(child.pid)
-            timed_out, out_of_memory = _watch(child, tree, began + deadline_s, memory_limit_mib, _Tail(written, on_line))
+            timed_out, out_of_memory = _watch(child, tree, began + deadline_s, memory_limit_mib, _Tail(written, on_line), stop)
         finally:
             tree.rescan()
             _kill_all(child, tree, marker)
@@ -188,7 +191,9 @@ def _environment(marker: str, extra: Mapping[str, str] | None) -> dict[str, str]
     return {**os.environ, **ours, **(extra or {})}
 
 
-def _watch(child: subprocess.Popen[bytes], tree: _Tree, deadline: float, limit_mib: float | None, log: _Tail) -> tuple[bool, bool]:
+def _watch(
+    child: subprocess.Popen[bytes], tree: _Tree, deadline: float, limit_mib: float | None, log: _Tail, stop: threading.Event | None
+) -> tuple[bool, bool]:
     """Wait for the end or a limit. Returns (timed out, out of memory)."""
     rescan = 0.0
     while True:
@@ -198,6 +203,8 @@ def _watch(child: subprocess.Popen[bytes], tree: _Tree, deadline: float, limit_m
             return False, False
         except subprocess.TimeoutExpired:
             log.read()
+        if stop is not None and stop.is_set():
+            raise KeyboardInterrupt
         now = time.monotonic()
         if now >= rescan:
             tree.rescan()

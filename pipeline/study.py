@@ -10,6 +10,9 @@ so a `kill -9` at any moment loses no finished trial. How outcomes reach the sam
   difference: TPE ranks refused points only where fewer than a tenth of all trials were measured.
 - FAILED is FAIL, which no sampler reads.
 
+Several points may be out at once: none is handed out twice, and TPE takes those that are out for bad ones (its constant liar), so that it
+looks elsewhere. All calls come from one thread.
+
 Left out: running trials (`launcher`), and what a goal means (`goals`).
 """
 
@@ -21,6 +24,7 @@ import json
 import os
 import random
 import sqlite3
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,14 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline import goals, neighbours, optuna_space, samplers
 from pipeline.config import StudyConfig
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
 from pipeline.environment import differences
-from pipeline.errors import UserError
+from pipeline.errors import MachineError, UserError
 from pipeline.records import TrialRecord, kind_of, read_json, write_json
 from search_spaces.space import Space, Value
 
@@ -46,7 +52,9 @@ DUPLICATES = 10
 """Repeats in a row taken from the sampler before a new point is drawn at random."""
 RANDOM_DRAWS = 500
 """Random points tried before the space counts as used up."""
-SEARCH_ROLES = ("preset", "warm", "sampled", "neighbour")
+BUDGETED = ("preset", "warm", "sampled")
+"""Roles of the points that a budget pays for."""
+SEARCH_ROLES = (*BUDGETED, neighbours.ROLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +116,38 @@ class _QuickConnection(sqlite3.Connection):
         self.execute("PRAGMA synchronous=NORMAL").close()
 
 
-def _database(folder: Path) -> BaseStorage:
-    return RDBStorage(f"sqlite:///{folder.resolve() / 'study.db'}", engine_kwargs={"connect_args": {"factory": _QuickConnection}})
+def _database(folder: Path, url: str) -> BaseStorage:
+    """study.db, or the server at `url`. Raises UserError where that cannot be used."""
+    if not url:
+        return RDBStorage(f"sqlite:///{folder.resolve() / 'study.db'}", engine_kwargs={"connect_args": {"factory": _QuickConnection}})
+    try:
+        # A server that was restarted between two trials is no reason to end.
+        return RDBStorage(url.replace("postgresql://", "postgresql+psycopg://", 1), engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        raise UserError("study.storage=postgresql://... needs a driver: pip install 'mtgr-autotune[ray]'") from error
+    except SQLAlchemyError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(f"study.storage={url} cannot be used: {reason}; start the server, or leave it out to go on with a file") from error
+
+
+def _folder_id(folder: Path, url: str) -> str:
+    """What tells this folder's study from others of its name on one server; nothing to tell in a file of its own."""
+    path = folder / "storage-id"
+    if url and not path.exists():
+        part = path.with_name(path.name + ".part")
+        part.write_text(uuid.uuid4().hex[:12])
+        part.replace(path)
+    return f" {path.read_text()}" if url else ""
+
+
+@contextmanager
+def _storage_may_go() -> Iterator[None]:
+    """A server that goes away in the middle is nobody's settings' fault, and every finished trial is in its folder by then."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise MachineError(f"Optuna's storage is lost ({reason}); no finished trial is: once it is there again, the same command goes on") from error
 
 
 class Search:
@@ -126,9 +164,10 @@ class Search:
         sampler: str = "",
         hints: Sequence[tuple[str, Settings]] = (),
     ) -> None:
-        """`goal` is resolved; `trials` are the folders there are, the baseline first and measured. `storage` is study.db where none is given.
+        """`goal` is resolved; `trials` are the folders there are, the baseline first and measured.
 
-        `sampler` replaces the configured one by any that `samplers` makes. `hints` are points to try after the presets (`warm`).
+        `storage` is what the configuration says where none is given, `sampler` replaces the configured one by any that `samplers` makes, and
+        `hints` are points to try after the presets (`warm`). Raises UserError where the storage cannot be used.
         """
         self._hints = tuple(hints)
         self._folder, self._spaces, self._goal, self._config = folder, dict(spaces), goal, config
@@ -139,8 +178,8 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # A changed space (study.resume=force) gets a sampler memory of its own, filled from the folders.
         self._study = optuna.create_study(
-            storage=storage or _database(folder),
-            study_name=f"{config.name} {_identity(self._spaces, goal)}",
+            storage=storage or _database(folder, config.storage),
+            study_name=f"{config.name} {_identity(self._spaces, goal)}{'' if storage else _folder_id(folder, config.storage)}",
             directions=["maximize" if objective.maximize else "minimize" for objective in goal.objectives],
             load_if_exists=True,
         )
@@ -150,10 +189,12 @@ class Search:
         self._proposer = samplers.proposer(sampler or config.sampler, self._spaces, goal, seed)
         self._catch_up()
 
+    @_storage_may_go()
     def ask(self) -> Point | None:
-        """The next point nobody has measured: what was interrupted, then presets, then the sampler's. None when there is none left.
+        """The next point nobody has measured: what was interrupted, then presets, then the sampler's.
 
-        A point that is known already is told again from its record instead, so the sampler learns that it is not new.
+        None when there is none left, as far as is known while others are out: one that fails may be asked for again. A point that is
+        known already is told again from its record instead, so the sampler learns that it is not new.
         """
         for attempt in range(DUPLICATES + 1):
             if attempt == DUPLICATES and not self._enqueue_anything_new():
@@ -161,6 +202,9 @@ class Search:
             self._propose()
             trial = self._study.ask()
             backend, settings = optuna_space.suggest(trial, self._spaces)
+            if self._out(backend, settings):
+                self._study.tell(trial, state=TrialState.FAIL)
+                continue
             known = self._known(backend, settings)
             if known is None:
                 number = trial.user_attrs.get("number")
@@ -178,6 +222,7 @@ class Search:
             self._pass_on(trial, known.measurement)
         return None
 
+    @_storage_may_go()
     def tell(self, record: TrialRecord) -> TrialRecord:
         """Take in what came of a point asked for. Returns the record, which is FAILED where a figure the goal needs is missing."""
         assert record.measurement is not None, "only finished trials are told"
@@ -202,34 +247,47 @@ class Search:
         return ""
 
     @property
+    def finished(self) -> list[TrialRecord]:
+        """Finished points of the search by number; the baseline, its repeats and the winner's neighbours are not among them."""
+        return [r for _, r in sorted(self._records.items()) if r.outcome is not None and r.order.role in BUDGETED]
+
+    @property
     def done(self) -> int:
-        """Finished points of the search, the baseline, its repeats and the winner's neighbours not counted."""
-        return self._finished(SEARCH_ROLES) - self.checked
+        """How many are finished."""
+        return len(self.finished)
 
     @property
     def checked(self) -> int:
         """Finished neighbours of the winner (`neighbours`)."""
-        return self._finished((neighbours.ROLE,))
+        return sum(r.outcome is not None and r.order.role == neighbours.ROLE for r in self._records.values())
 
     def want(self, backend: str, settings: Settings) -> None:
         """Have a neighbour of the winner asked for next."""
         self._enqueue(backend, settings, {"role": neighbours.ROLE})
 
-    def _finished(self, roles: Sequence[str]) -> int:
-        return sum(record.outcome is not None and record.order.role in roles for record in self._records.values())
-
     def ranked(self) -> list[TrialRecord]:
-        """Feasible points that beat the baseline's figures, or any figures of a baseline that breaks a bound; best first."""
+        """Feasible points that beat the baseline's figures, or any figures of a baseline that breaks a bound; best first.
+
+        Best by the figure, or by what our own sampler's model makes of it and its neighbours: the first of many figures is the luckiest.
+        """
         baseline = self._records[0].metrics
         least = 1.0 if goals.feasible(self._goal, baseline) else 0.0
-        found = [r for r in self._records.values() if r.order.role in SEARCH_ROLES and r.outcome is Outcome.MEASURED]
+        found = [r for r in self.measured() if not r.given_up]
         found = [r for r in found if goals.feasible(self._goal, r.metrics) and goals.improvement(self._goal, r.metrics, baseline) > least]
-        return sorted(found, key=lambda r: -goals.improvement(self._goal, r.metrics, baseline))
+        if self._proposer is None or not found:
+            return sorted(found, key=lambda r: -goals.improvement(self._goal, r.metrics, baseline))
+        measured = [r for r in self._records.values() if r.outcome is Outcome.MEASURED and r.order.role != "noise"]
+        expected = dict(zip((r.number for r in measured), self._proposer.expected(measured), strict=True))
+        return sorted(found, key=lambda r: expected[r.number])
+
+    def measured(self) -> list[TrialRecord]:
+        """The points of the search that were measured, feasible or not."""
+        return [r for r in self._records.values() if r.order.role in SEARCH_ROLES and r.outcome is Outcome.MEASURED]
 
     def front(self) -> tuple[int, ...]:
         """Numbers of the feasible trials, the baseline among them, that none other beats in every objective."""
         roles = ("baseline", *SEARCH_ROLES)
-        measured = {n: r.metrics for n, r in self._records.items() if r.order.role in roles and r.outcome is Outcome.MEASURED}
+        measured = {n: r.metrics for n, r in self._records.items() if r.order.role in roles and r.outcome is Outcome.MEASURED and not r.given_up}
         return goals.pareto(self._goal, {n: m for n, m in measured.items() if n == 0 or goals.feasible(self._goal, m)})
 
     def _catch_up(self) -> None:
@@ -323,13 +381,17 @@ class Search:
         for _ in range(RANDOM_DRAWS):
             backend = rng.choice(tuple(self._spaces))
             settings = self._spaces[backend].draw(lambda knob: optuna_space.anything(rng, knob))
-            if self._known(backend, settings) is None:
+            if self._known(backend, settings) is None and not self._out(backend, settings):
                 self._enqueue(backend, settings, {"role": "sampled"})
                 return True
         return False
 
+    def _out(self, backend: str, settings: Settings) -> bool:
+        """Whether that very point is being measured."""
+        return any(point.backend == backend and point.settings == dict(settings) for point, _ in self._asked.values())
+
     def _next_number(self) -> int:
-        return max(self._records, default=-1) + 1
+        return max((*self._records, *self._asked), default=-1) + 1
 
 
 def complete(record: TrialRecord, goal: Goal) -> TrialRecord:

@@ -38,7 +38,7 @@ ITERATIONS = 20
 JITTER = 1e-8
 WIDTH = 0.5
 """How far along a knob's range its own effect is felt; the whole range is 1."""
-PRIOR_MEAN, PRIOR_SPREAD = np.log([0.3, 0.3, 1.0, 0.02]), np.array([1.5, 1.5, 1.0, 1.0])
+PRIOR_MEAN, PRIOR_SPREAD = np.log([0.3, 0.3, 1.0, 0.05]), np.array([1.5, 1.5, 1.0, 1.5])
 """Of the logarithms of a knob's own variance, that of all together, how fast that falls off, and noise; figures have unit variance."""
 
 
@@ -57,7 +57,8 @@ class Bayes:
         told = [r for r in records if r.outcome in (Outcome.MEASURED, Outcome.INFEASIBLE)]
         taken = {landscape.key(*place) for place in (*((r.order.backend, r.order.settings) for r in records), *pending)}
         measured = [r for r in told if r.outcome is Outcome.MEASURED]
-        model = self._objective(measured, pending)
+        weights = [self._rng.expovariate(1.0) for _ in self._goal.objectives]  # several: another direction of the front each time
+        model = self._objective(measured, pending, weights)
         candidates = self._candidates(self._best(measured), taken)
         if not candidates or (len(told) + len(pending)) % BLIND == 0:
             return candidates[0] if candidates else self._draw()
@@ -65,9 +66,13 @@ class Bayes:
         score = np.log(np.maximum(model.improvement(rows), 1e-300)) + self._allowed(told, rows) - np.log(self._seconds(told, candidates))
         return candidates[int(np.argmax(score))]
 
-    def _objective(self, measured: Sequence[TrialRecord], pending: Sequence[Place]) -> Process:
+    def expected(self, measured: Sequence[TrialRecord]) -> list[float]:
+        """Logarithm of each record's figure as the model has it, lower is better: a lucky window among poor neighbours is believed less."""
+        process = self._objective(measured, (), [1.0 for _ in self._goal.objectives])
+        return [float(value) for value in process.predict(process.rows)[0]]
+
+    def _objective(self, measured: Sequence[TrialRecord], pending: Sequence[Place], weights: Sequence[float]) -> Process:
         """The process on log figures, lower is better. Points under way count as found to be what they are expected to be."""
-        weights = [self._rng.expovariate(1.0) for _ in self._goal.objectives]  # several: another direction of the front each time
         figures = np.zeros(len(measured))
         for weight, objective in zip(weights, self._goal.objectives, strict=True):
             logs = np.log([r.metrics[objective.metric] for r in measured])
@@ -304,7 +309,7 @@ def _ordered(knob: Choice) -> bool:
 
 def _place(knob: Knob, value: Value) -> float:
     if isinstance(knob, Choice):
-        ordered = sorted(knob.options) if _ordered(knob) else list(knob.options)  # type: ignore[type-var]
+        ordered = sorted(knob.options) if _ordered(knob) else list(knob.options)
         code = next(i for i, option in enumerate(ordered) if option == value and type(option) is type(value))
         return code / (len(ordered) - 1) if _ordered(knob) else float(code)
     if knob.high == knob.low:

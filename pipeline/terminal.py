@@ -27,7 +27,7 @@ from pipeline.runner import parse_progress
 PLAIN_EVERY_S = 20.0
 """Pause between two progress lines of one stage where there is no terminal."""
 MARKS = {"waiting": "[dim]·[/]", "running": "[cyan]▸[/]", "done": "[green]✓[/]", "failed": "[red]✗[/]"}
-NOTICES = ("waiting for another study", "ended by SIG")
+NOTICES = ("waiting for another study", "ended by SIG", "Ray: ")
 """Beginnings of the launcher's own lines, which are for the person; what children print else is in their log.txt."""
 SHOWN = (
     "latency_ms/p50",
@@ -38,7 +38,7 @@ SHOWN = (
     "gpu_memory_mib/held",
     "window/history_found_share",
 )
-ACCURACY = ("auc/", "gauc/", "auc_loss_upper/", "gauc_loss_upper/")
+ACCURACY = ("auc/", "gauc/", "auc_loss_upper/", "gauc_loss_upper/", "calibration_drift/")
 """Rows of the result table, beside the objective."""
 
 
@@ -70,6 +70,7 @@ class View:
         self._current, self._began = "", 0.0
         self._doing, self._share, self._text = "", 0.0, ""
         self._progress: Progress | None = None
+        self._progress_at = 0.0
         self._last_plain = -math.inf
         live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
         self._live = live if self._console.is_terminal else None
@@ -127,7 +128,7 @@ class View:
 
     def search(self, progress: Progress) -> None:
         """The search after one more trial."""
-        self._progress = progress
+        self._progress, self._progress_at = progress, time.monotonic()
         self._plain(f"{_counts(progress)}; best so far: {progress.best}; about {duration(progress.eta_s)} left")
 
     def table(self, table: RenderableType) -> None:
@@ -149,7 +150,8 @@ class View:
             parts.append(row)
         if self._progress:
             parts += [Text(_counts(self._progress)), Text(f"best so far: {self._progress.best}", style="bold")]
-            parts.append(Text(f"about {duration(self._progress.eta_s)} left", style="dim"))
+            left = max(0.0, self._progress.eta_s - (time.monotonic() - self._progress_at))
+            parts.append(Text(f"about {duration(left)} left", style="dim"))
         return Group(*parts)
 
     def _checklist(self) -> RenderableType:
@@ -178,6 +180,12 @@ def figure(value: Figure | None) -> str:
     return f"{value.value:.4g}" + (f" ({value.low:.4g} to {value.high:.4g})" if known else "")
 
 
+def with_interval(value: float, interval: tuple[float, float] | None) -> str:
+    """'4.21 (4.02 to 4.44)', or the value alone: a single reading."""
+    low, high = interval or (math.nan, math.nan)
+    return figure(Figure(value=value, low=low, high=high))
+
+
 def print_table(title: str, values: Mapping[str, object], console: Console | None = None) -> None:
     """Names and values, one a row; nested mappings are flattened."""
     table = Table("", "", title=title, show_header=False, title_justify="left")
@@ -194,10 +202,13 @@ def result_table(decision: Decision, names: Mapping[str, str]) -> Table:
     table.add_row("engine", names.get("baseline", ""), names.get("winner", ""))
     table.add_row(f"[bold]{decision.metric}[/]", figure(decision.baseline), figure(decision.winner_figure))
     table.add_row("improvement", f"noise up to x{decision.noise_floor:.3f}", f"x{figure(decision.ratio)}" if decision.ratio else "")
+    if decision.flattery:
+        table.add_row("the search said", "", f"x{figure(decision.flattery)} as much")
     baseline, winner = decision.figures.get("baseline", {}), decision.figures.get("winner", {})
+    one, other = decision.intervals.get("baseline", {}), decision.intervals.get("winner", {})
     for metric in dict.fromkeys([*baseline, *winner]):  # an engine that remembers has more to tell than one that does not
         if metric != decision.metric and (metric in SHOWN or metric.startswith(ACCURACY)):
-            table.add_row(metric, _number(baseline.get(metric)), _number(winner.get(metric)))
+            table.add_row(metric, _number(baseline.get(metric), one.get(metric)), _number(winner.get(metric), other.get(metric)))
     return table
 
 
@@ -214,8 +225,8 @@ def last_line(decision: Decision, artifact: str) -> str:
     return f"{artifact}: {decision.metric} {figure(shipped)}{ratio}{accuracy}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+def _number(value: float | None, interval: tuple[float, float] | None) -> str:
+    return "-" if value is None else with_interval(value, interval)
 
 
 def _counts(progress: Progress) -> str:

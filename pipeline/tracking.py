@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import artifact, learnt
+from pipeline import artifact, gate, learnt
 from pipeline.contracts import Outcome
 from pipeline.errors import UserError
 from pipeline.records import StudyFolder, TrialRecord, read_study, read_trial
@@ -42,7 +42,7 @@ PARAMETER_LIMIT = 500
 
 
 class Tracker:
-    """Logs one study while it runs. No method raises because of MLflow, and none but `finish` waits for it."""
+    """Logs one study while it runs. No method raises because of MLflow, and none but `finish` and `leave` wait for it."""
 
     def __init__(self, uri: str, experiment: str, say: Callable[[str], None] = print) -> None:
         """`uri` as MLflow takes it; empty means SQLite beside the study folders. `say` gets the one message when it cannot be reached."""
@@ -77,6 +77,11 @@ class Tracker:
         if problem and problem != self._trouble:
             self._say(problem)
         return problem
+
+    def leave(self) -> None:
+        """Log what was handed over, and no ending: the study goes on some other time."""
+        self._jobs.put(None)
+        self._thread.join()
 
     def _open(self) -> None:
         assert self._study is not None
@@ -247,10 +252,12 @@ def _log_trial(client: MlflowClient, parent: str, study: StudyFolder, trial: Tri
         "number": str(trial.number),
         "folder": str(trial.folder.resolve()),
     }
+    if accuracy := gate.verdict(study.record.goal, measurement.metrics):
+        tags["accuracy"] = accuracy
     name = f"{trial.folder.parent.name}/{trial.folder.name} {order.backend}"
     run_id = client.create_run(experiment_id, start_time=int(trial.started * 1000), tags=tags, run_name=name).info.run_id
     parameters = {"backend": order.backend, **order.settings, **{f"effective.{name}": value for name, value in measurement.effective.items()}}
-    metrics = dict(measurement.metrics)
+    metrics = {**measurement.metrics, **gate.figures(study.record.goal, measurement.metrics)}
     for objective in study.record.goal.objectives:
         if objective.metric in measurement.intervals:
             metrics[f"{objective.metric}/low"], metrics[f"{objective.metric}/high"] = measurement.intervals[objective.metric]
@@ -268,6 +275,9 @@ def _log_ending(client: MlflowClient, parent: Run, study: StudyFolder, report_di
     metrics = {"baseline": decision.baseline.value, "noise_floor": decision.noise_floor}
     if decision.ratio:
         metrics |= {"ratio": decision.ratio.value, "ratio/low": decision.ratio.low, "ratio/high": decision.ratio.high}
+    if decision.flattery:
+        metrics |= {"flattery": decision.flattery.value, "flattery/low": decision.flattery.low, "flattery/high": decision.flattery.high}
+    metrics |= {f"noise/{name}": value for name, value in study.record.noise.items() if value is not None}
     for who, figures in decision.figures.items():
         metrics |= {f"{who}/{name}": value for name, value in figures.items() if value is not None}
     metrics |= learnt.metrics(study)

@@ -20,19 +20,27 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cache import Cache, digest
-from pipeline.contracts import Measurement, Outcome, Remembering, Session, Settings
+from pipeline.contracts import Measurement, Outcome, RankingRequest, Remembering, Session, Settings
+from pipeline.environment import place
 from pipeline.errors import AutotuneError, MachineError, SettingsError, UserError
 from pipeline.records import MEMORY_WORDS, Order, read_json, write_json
+from pipeline.sequential import Decider, decider
+
+if TYPE_CHECKING:
+    from pipeline.measure import FloatArray, Window
 
 CODE = ("model", "calibration", "pipeline/backends")
 """Sources that decide what an engine computes."""
 ROOT = Path(__file__).resolve().parents[1]
+WITHIN = "throughput_rps/within_limit"
+PROBE_REQUESTS, PROBES, ROUGHLY = 400, 12, 2
+"""Requests of a window in the search for it, and most windows; of a trial that is given up, whose figure only tells the sampler where it lies."""
 
 
 def main(arguments: list[str]) -> int:
@@ -117,7 +125,7 @@ def _recorded(path: Path, work: Any) -> int:
             traceback.print_exc()
         measurement, extra = sorted_by_fault(error), {}
     finished = time.time()
-    result = {**asdict(measurement), "seconds": finished - started, "started": started, "finished": finished, **extra}
+    result = {**asdict(measurement), "seconds": finished - started, "started": started, "finished": finished, "place": place(), **extra}
     print(f"{measurement.outcome}: {measurement.reason or 'see result.json'}", flush=True)
     try:
         write_json(path, result)
@@ -143,6 +151,8 @@ class _Trial:
     order: Order
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    reason: str = ""
+    """What was decided before the end."""
 
     def run(self) -> tuple[Measurement, dict[str, Any]]:
         from pipeline.backends import registry
@@ -177,6 +187,7 @@ class _Trial:
             intervals=self.intervals,
             effective=dict(session.effective),
             environment=dict(fingerprint()),
+            reason=self.reason,
         )
         return measured, {"engine": str(engine)}
 
@@ -232,44 +243,103 @@ class _Trial:
             known = quality.accuracy(session, inputs, heads, cache, accuracy_key)
             self.metrics |= known.metrics
             self.intervals |= known.intervals
+            quality.check_scores(known.metrics, self.order.settings)
         expected, what = (known.parity, "what these numerics gave before") if known else (quality.reference(inputs, "parity"), "the reference")
         difference = quality.check_parity(parity, expected, self.order.settings, what)
         self.metrics["score_diff/parity"] = difference
 
     def _measure(self, session: Session) -> None:
+        """Warm up, then the closed loop and the window, whichever may decide the trial first."""
         import numpy as np
 
         from pipeline import measure, percentiles, workload
-        from pipeline.machine import FOREIGN_SHARE, STEAL_SHARE
 
         how, inputs = self.order.measure, Path(self.order.inputs)
         name = str(how.get("workload", workload.WORKLOAD))
         warm = workload.load(inputs / workload.other(name))
+        decide = decider(self.order.decide, how)
+        if decide:
+            decide.known(self.metrics)
         measure.quick_switching()
         self._phase(0.5, "warmup")
-        concurrency = int(how["concurrency"])
-        measure.warm_up(session, warm, concurrency, float(how["warmup_s"]), print)
-        self._phase(0.6, "peak")
-        peak = measure.closed_loop(session, warm, concurrency, float(how["peak_s"]))
-        self._add(percentiles.peak_figures(peak))
-        rate = float(how.get("rate_rps", 0.0)) or float(how["load"]) * peak.rate_rps
-        self._phase(0.7, f"window at {rate:.1f} requests/s, closed-loop peak {peak.rate_rps:.1f}")
+        measure.warm_up(session, warm, int(how["concurrency"]), float(how["warmup_s"]), print)
+        rate = float(how.get("rate_rps", 0.0))
+        peak_first = decide is None or decide.needs_peak or not rate
+        if peak_first:
+            self._peak(session, warm, decide)
+        rate = rate or float(how["load"]) * self.metrics["throughput_rps/peak"]
+        self._phase(0.7, f"window at {rate:.1f} requests/s")
         timed = workload.load(inputs / name, rate)
         if isinstance(session, Remembering):  # the most that it can find
             self.metrics["window/history_returning_share"] = workload.lengths(timed)["returning/history_share"]
-        window = measure.timed_window(
+        window = self._window(session, name, rate, decide)
+        np.savez(self.folder / "samples.npz", latency_ms=window.latency_ms, arrival_s=window.arrival_s, late_ms=window.late_ms)
+        self._add(percentiles.figures(window))
+        self.reason = window.stop.reason if window.stop else ""
+        given_up = window.stop is not None and window.stop.given_up
+        if not peak_first and not given_up:
+            self._peak(session, warm, None)
+        if limit_ms := float(how.get("limit_ms", 0.0)):
+            self._within(session, name, limit_ms, rate, decide, given_up)
+        self.metrics["memory_mib/peak"] = _peak_memory_mib()
+
+    def _peak(self, session: Session, warm: Sequence[RankingRequest], decide: Decider | None) -> None:
+        from pipeline import measure, percentiles
+
+        how = self.order.measure
+        self._phase(0.6 if decide or not self.order.decide else 0.9, "peak")
+        peak = measure.closed_loop(session, warm, int(how["concurrency"]), float(how["peak_s"]), decide.peak if decide else None)
+        self._add(percentiles.peak_figures(peak))
+        print(f"closed-loop peak {peak.rate_rps:.1f} requests/s", flush=True)
+        if decide:
+            decide.known(self.metrics)
+
+    def _within(self, session: Session, name: str, limit_ms: float, rate: float, decide: Decider | None, given_up: bool) -> None:
+        """The largest load whose p99 is within the limit, from the figure to beat on where there is one; a rough one for a trial that is given up."""
+        from pipeline import capacity
+
+        self._phase(0.85, f"largest rate with a p99 within {limit_ms:g} ms")
+        rival = decide.objective if decide and decide.objective.get("metric") == WITHIN else {}
+
+        def probe(rate_rps: float) -> FloatArray | None:
+            try:
+                return self._window(session, name, rate_rps, None, PROBE_REQUESTS).latency_ms
+            except SettingsError as error:
+                print(f"{error}", flush=True)
+                return None
+
+        found = capacity.search(
+            probe,
+            float(rival.get("value", rate)),
+            limit_ms,
+            beat_rps=float(rival.get("low", 0.0)),
+            probes=ROUGHLY if given_up else PROBES,
+            false_reject=decide.false_reject if decide else 0.01,
+        )
+        self._add(({WITHIN: found.rate_rps, "capacity/probes": float(len(found.probes))}, {WITHIN: (found.low, found.high)}))
+        if found.beaten and not given_up:
+            self.reason = f"{WITHIN} cannot beat {rival['value']:.4g}: it is at most {found.high:.4g}, by {len(found.probes)} windows"
+            self.metrics |= {"window/decided_early": 1.0, "window/given_up": 1.0}
+
+    def _window(self, session: Session, name: str, rate: float, decide: Decider | None, requests: int | None = None) -> Window:
+        """A window of a workload's first `requests` at a rate, undisturbed."""
+        from pipeline import machine, measure, workload
+
+        how, inputs = self.order.measure, Path(self.order.inputs)
+        return measure.timed_window(
             session,
-            timed,
+            workload.load(inputs / name, rate)[:requests],
             workload.load(inputs / workload.other(name), rate)[: measure.PREROLL],
             repeats=int(how["window_repeats"]),
             say=print,
             late_limit_ms=float(how.get("late_limit_ms", measure.LATE_MS)),
-            foreign_share=float(how.get("foreign_share", FOREIGN_SHARE)),
-            steal_share=float(how.get("steal_share", STEAL_SHARE)),
+            foreign_share=float(how.get("foreign_share", machine.FOREIGN_SHARE)),
+            steal_share=float(how.get("steal_share", machine.STEAL_SHARE)),
+            cpu_drift=float(how.get("cpu_drift", machine.CPU_DRIFT)),
+            gpu_drift=float(how.get("gpu_drift", machine.GPU_DRIFT)),
+            look=decide.window if decide else None,
+            backlog_least=max(measure.BACKLOG_LEAST, 2 * int(how["concurrency"])),
         )
-        np.savez(self.folder / "samples.npz", latency_ms=window.latency_ms, arrival_s=window.arrival_s, late_ms=window.late_ms)
-        self._add(percentiles.figures(window))
-        self.metrics["memory_mib/peak"] = _peak_memory_mib()
 
     def _add(self, found: tuple[Mapping[str, float], Mapping[str, tuple[float, float]]]) -> None:
         self.metrics |= found[0]

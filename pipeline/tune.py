@@ -1,30 +1,31 @@
 """The story of a study: engines, data, training, requests, quantisation, baseline, search, confirmation, publication.
 
 Every stage leaves its result on disk before the next one starts, so the same command goes on after any interruption. Children do the
-heavy work; nothing here imports an engine or the model. Ctrl-C during the search ends the search, not the study: what was found so far
-is confirmed and published.
+heavy work; nothing here imports an engine or the model. The search keeps as many trials under way as the launcher has slots; baseline and
+confirmation run one at a time. Ctrl-C once finishes what runs and publishes what is known, the baseline where nothing is confirmed.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 
-from pipeline import artifact, confirm, feasibility, goals, learnt, neighbours, report, stages, study, warm
+from pipeline import artifact, confirm, feasibility, gate, goals, learnt, neighbours, noise, report, stages, study, warm
+from pipeline.budget import Budget
 from pipeline.config import TuneConfig
-from pipeline.contracts import Goal, Measurement, Outcome, Settings
+from pipeline.contracts import Goal, Outcome, Settings
+from pipeline.crew import Crew
 from pipeline.environment import fingerprint
 from pipeline.errors import AutotuneError, MachineError, UserError
-from pipeline.launcher import LocalLauncher
+from pipeline.launcher import Launcher, chosen
 from pipeline.records import (
     Decision,
     Order,
@@ -40,7 +41,7 @@ from pipeline.records import (
     write_study,
 )
 from pipeline.runner import run_child, tail
-from pipeline.terminal import Progress, View, last_line, result_table
+from pipeline.terminal import Progress, View, last_line, result_table, with_interval
 from pipeline.tracking import Tracker
 from search_spaces.space import Space, pin
 
@@ -48,12 +49,15 @@ STAGES = ("engines", "data", "training", "requests", "quantisation", "baseline",
 FREE = (
     "study.trials",
     "study.minutes",
+    "study.engine_seconds",
+    "study.storage",
     "study.resume",
     "study.name",
     "study.confirm_pairs",
     "study.noise_windows",
     "study.neighbours",
     "study.max_",
+    "launcher.address",
     "tracking.",
     "paths.",
     "compare",
@@ -63,15 +67,12 @@ ENGINES_S = 60.0
 """Deadline of the question which engines this machine can run."""
 RETRIES = 2
 """Attempts at a window of the baseline or of a confirmation that failed through no fault of its settings."""
-PUBLISH_S = 15.0
-"""Rough time of report, artifact and MLflow, for the time left."""
+INTERRUPTED = 130
+"""Exit code of a study that Ctrl-C ended, as shells have it."""
 
 
-class Launcher(Protocol):
-    """Where trials run; `launcher.LocalLauncher` is one."""
-
-    def trial(self, folder: Path, python: str = "") -> Measurement:
-        """Run the trial whose candidate.json lies in `folder`. Never raises for what the trial does."""
+class _Stopped(Exception):
+    """The user has asked to stop between two windows of a confirmation."""
 
 
 def tune(
@@ -84,12 +85,13 @@ def tune(
 ) -> int:
     """Run or resume a study; returns the exit code.
 
-    `text` is the configuration as YAML. `spaces` replaces our own search spaces, `launcher` the one that runs trials on this machine.
+    `text` is the configuration as YAML. `spaces` replaces our own search spaces, `launcher` the one that the configuration asks for.
     """
     folder = Path(config.paths.runs) / config.study.name
-    with study.alone(folder), View(STAGES, console) as view:
-        run = _Run(config=config, folder=folder.resolve(), view=view, launcher=launcher or _local(config, view))
+    with study.alone(folder), View(STAGES, console) as view, closing(launcher or chosen(config, view.line)) as where:
+        run = _Run(config=config, folder=folder.resolve(), view=view, launcher=where, crew=Crew(where, view.say))
         with view.stage("engines"):
+            where.open(run.folder)
             run.choose_engines(spaces)
         with view.stage("data"):
             run.begin(text)
@@ -101,17 +103,18 @@ def tune(
             run.inputs = stages.requests(config, prepared, run.checkpoint, view.line)
         with view.stage("quantisation"):
             run.quantise()
-        with view.stage("baseline"):
-            baseline = run.baseline()
-        with view.stage("search"):
-            search, trouble = run.search(baseline)
-            run.neighbours(search, baseline)
-        with view.stage("confirmation"):
-            decision = run.confirm(search, baseline)
+        with run.crew:
+            with view.stage("baseline"):
+                baseline = run.baseline()
+            with view.stage("search"):
+                search, trouble = run.search(baseline)
+                run.neighbours(search, baseline)
+            with view.stage("confirmation"):
+                decision = run.confirm(search, baseline)
         with view.stage("publication"):
             shipped = run.publish(decision)
     run.farewell(decision, shipped)
-    return 1 if trouble else 0
+    return INTERRUPTED if run.crew.stopping else 1 if trouble else 0
 
 
 def reconfirm(
@@ -126,7 +129,7 @@ def reconfirm(
     folder = Path(config.paths.runs) / config.study.name
     if read_decision(folder) is None:
         raise UserError(f"{folder} holds no finished study; `python -m pipeline tune study.name={config.study.name}` makes or finishes one")
-    done = sum(trial.order.role in study.SEARCH_ROLES for trial in read_study(folder).trials)
+    done = sum(trial.order.role in study.BUDGETED for trial in read_study(folder).trials)
     (folder / "decision.json").unlink()
     shutil.rmtree(folder / "confirm")
     return tune(replace(config, study=replace(config.study, trials=max(1, done))), text, spaces=spaces, console=console, launcher=launcher)
@@ -140,6 +143,7 @@ class _Run:
     folder: Path
     view: View
     launcher: Launcher
+    crew: Crew
     spaces: Mapping[str, Space] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     checkpoint: stages.Checkpoint | None = None
@@ -149,7 +153,9 @@ class _Run:
     record: StudyRecord | None = None
     rate_rps: float = 0.0
     tracker: Tracker | None = None
-    began: float = field(default_factory=time.monotonic)
+    budget: Budget | None = None
+    walls: dict[int, float] = field(default_factory=dict)
+    """Number of a trial that this run measured -> seconds it took."""
 
     # -- before the search
 
@@ -228,6 +234,8 @@ class _Run:
         backend, space = next(iter(self.spaces.items()))
         windows: list[TrialRecord] = []
         for number in range(1 + self.config.study.noise_windows):
+            if number and self.crew.stopping:
+                break
             role = "noise" if number else "baseline"
             record = self._insist(self.folder / "trials" / f"{number:04d}", self._order(number, role, backend, space.point({})), must=not number)
             if record.outcome is Outcome.MEASURED:
@@ -235,8 +243,12 @@ class _Run:
             if not number:
                 self.rate_rps = self.config.measure.rate_rps or self.config.measure.load * record.metrics["throughput_rps/peak"]
         assert self.record is not None
-        self.record = replace(self.record, rate_rps=self.rate_rps, skipped=self.skipped)
+        assert self.goal is not None
+        pairs, floor = self.config.study.confirm_pairs, confirm.noise_floor(self.goal, windows)
+        found = noise.figures(confirm.window_spread(self.goal, windows), floor, pairs)
+        self.record = replace(self.record, rate_rps=self.rate_rps, skipped=self.skipped, noise=found)
         write_study(self.folder, self.record)
+        self.view.say(noise.words(found, self.goal.objectives[0].metric))
         return windows
 
     def search(self, baseline: list[TrialRecord]) -> tuple[study.Search, str]:
@@ -245,43 +257,51 @@ class _Run:
         resolved, config = goals.resolve(self.goal, baseline[0].metrics), self.config.study
         past = read_study(self.folder)
         search = study.Search(self.folder, self.spaces, resolved, config, past.trials, hints=past.record.warm)
-        began, trouble = time.monotonic(), ""
-        try:
-            while search.done < config.trials and not trouble and not self._out_of_time(search, began):
-                self.view.search(self._progress(search, baseline[0]))
+        self.budget, trouble, over, exhausted, told = Budget(config=config, earlier=search.finished, walls=self.walls), "", "", False, False
+        while True:
+            self.view.search(self._progress(search, baseline))
+            over = self.budget.over(search.finished, len(self.crew.flying))
+            while not (over or trouble or self.crew.stopping) and self.crew.free > 0:
                 point = search.ask()
-                if point is None:
-                    self.view.say("every point of the search space has been measured")
+                if exhausted := point is None:
                     break
                 order = self._order(point.number, point.role, point.backend, point.settings)
-                record = search.tell(self._trial(self.folder / "trials" / f"{point.number:04d}", order))
-                self._track(record)
-                self.view.say(_trial_line(record, self._words(record.order), resolved, baseline[0]))
-                trouble = search.stop_reason()
-        except KeyboardInterrupt:
-            self.view.say("the search was stopped; confirming the best so far (once more to leave at once, the same command goes on later)")
-        self.view.search(self._progress(search, baseline[0]))
+                order = replace(order, decide=self._decidable(search, resolved, baseline[0]))
+                self._start(self.folder / "trials" / f"{point.number:04d}", order)
+                over = self.budget.over(search.finished, len(self.crew.flying))
+            if not self.crew.flying:
+                break
+            record = self._tell(search, resolved, baseline[0])
+            if not told and (few := gate.too_few(resolved, record.metrics)):
+                self.view.say(few)
+                told = True
+            trouble = search.stop_reason()
         if trouble:
             self.view.say(f"the search was stopped: {trouble}")
+        elif exhausted and not over:
+            self.view.say("every point of the search space has been measured")
+        elif search.done < config.trials and over:
+            self.view.say(over)
         return search, trouble
 
     def neighbours(self, search: study.Search, baseline: list[TrialRecord]) -> None:
         """Measure points one knob away from the best, as far as they were not; one that is better is the candidate from then on."""
         ranked, left = search.ranked(), self.config.study.neighbours - search.checked
-        if not ranked or left < 1 or search.stop_reason():
+        if not ranked or left < 1 or search.stop_reason() or self.crew.stopping:
             return
         assert self.goal is not None
         resolved = goals.resolve(self.goal, baseline[0].metrics)
-        places = neighbours.wanted(self.spaces, resolved, read_study(self.folder).trials, ranked[0], left)
-        with suppress(KeyboardInterrupt):
-            for place in places:
-                search.want(*place)
+        places = list(neighbours.wanted(self.spaces, resolved, read_study(self.folder).trials, ranked[0], left))
+        while True:
+            while places and self.crew.free > 0 and not self.crew.stopping:
+                search.want(*places.pop(0))
                 if (point := search.ask()) is None:
                     break
                 order = self._order(point.number, point.role, point.backend, point.settings)
-                record = search.tell(self._trial(self.folder / "trials" / f"{point.number:04d}", order))
-                self._track(record)
-                self.view.say(_trial_line(record, self._words(record.order), resolved, baseline[0]))
+                self._start(self.folder / "trials" / f"{point.number:04d}", order)
+            if not self.crew.flying:
+                return
+            self._tell(search, resolved, baseline[0])
 
     # -- after the search
 
@@ -290,13 +310,31 @@ class _Run:
         assert self.goal is not None
         ranked, front = search.ranked(), search.front()
         old, state = read_decision(self.folder), {"done": search.done + search.checked, "pairs": self.config.study.confirm_pairs}
-        if old is not None and _state(self.folder) == state:
+        if old is not None and (_state(self.folder) == state or (self.crew.stopping and _state(self.folder))):
             return old
-        (self.folder / "decision.json").unlink(missing_ok=True)
-        decision = confirm.confirm(self.goal, baseline, ranked, front, self.config.study.confirm_pairs, self._confirmation, self.config.study.seed)
-        write_json(self.folder / "confirm" / "state.json", state)
+        try:
+            if self.crew.stopping:
+                raise _Stopped
+            (self.folder / "decision.json").unlink(missing_ok=True)
+            pairs, seed = self.config.study.confirm_pairs, self.config.study.seed
+            decision = confirm.confirm(self.goal, baseline, ranked, front, pairs, self._confirmation, seed)
+            if decision.winner is None and (words := gate.held_back(self.goal, search.measured())):
+                decision = replace(decision, reason=f"{decision.reason}; {words}")
+        except _Stopped:
+            (self.folder / "confirm" / "state.json").unlink(missing_ok=True)  # the decision below is none, and the next run makes one
+            decision = self._undecided(search, baseline)
+        else:
+            write_json(self.folder / "confirm" / "state.json", state)
         write_decision(self.folder, decision)
         return decision
+
+    def _undecided(self, search: study.Search, baseline: list[TrialRecord]) -> Decision:
+        """What a study says that was stopped before its end: the baseline ships, and what was found waits for its confirmation."""
+        assert self.goal is not None
+        resolved, best = goals.resolve(self.goal, baseline[0].metrics), next(iter(search.ranked()), None)
+        found = f"best so far, not confirmed: {_trial_line(best, self._words(best.order), resolved, baseline[0])}" if best else "nothing better yet"
+        reason = f"stopped after {search.done} of {self.config.study.trials} trials; {found}; the same command goes on"
+        return replace(confirm.unopposed(self.goal, baseline, search.front()), outcome="undecided", reason=reason)
 
     def publish(self, decision: Decision) -> Path:
         """Artifact, report, MLflow, in the order of what must not be lost."""
@@ -305,7 +343,9 @@ class _Run:
         learnt.write(self.folder, self.spaces, self.goal)
         written = Path(self.config.paths.reports) / self.config.study.name
         report.write(self.folder, written)
-        if self.tracker:
+        if self.tracker and self.crew.stopping:
+            self.tracker.leave()
+        elif self.tracker:
             self.tracker.finish(self.folder, written, shipped)
         return shipped
 
@@ -333,16 +373,38 @@ class _Run:
         checkpoint = self.quantised.get(recipe, self.checkpoint.folder)
         return stages.order(self.config, number, role, backend, settings, checkpoint, self.inputs, self.rate_rps)
 
-    def _trial(self, folder: Path, order: Order) -> TrialRecord:
-        """Run one trial; its folder is whole afterwards, whatever happened to the child."""
-        self.view.doing(f"{'window' if order.role == 'confirm' else 'trial'} {folder.name} {order.backend}")
+    def _decidable(self, search: study.Search, goal: Goal, baseline: TrialRecord) -> dict[str, Any]:
+        """What ends a trial of the search early. Only what could come to confirmation is worth a whole window, and that takes as many as it tries."""
+        if not self.config.measure.decide_early:
+            return {}
+        ranked = search.ranked()
+        beaten = ranked[confirm.CANDIDATES - 1] if len(ranked) >= confirm.CANDIDATES else baseline if goals.feasible(goal, baseline.metrics) else None
+        return goals.decide(goal, beaten.measurement if beaten else None)
+
+    def _tell(self, search: study.Search, goal: Goal, baseline: TrialRecord) -> TrialRecord:
+        """The next trial that ends, told to the search, to MLflow and to whoever watches."""
+        record = search.tell(self._land())
+        self._track(record)
+        self.view.say(_trial_line(record, self._words(record.order), goal, baseline))
+        return record
+
+    def _start(self, folder: Path, order: Order) -> None:
+        """Begin one trial, in a fresh folder."""
+        beside = ", ".join(sorted(self.crew.flying))
+        self.view.doing(f"{'window' if order.role == 'confirm' else 'trial'} {folder.name} {order.backend}" + (f" beside {beside}" if beside else ""))
         shutil.rmtree(folder, ignore_errors=True)
         write_order(folder, order)
-        started = time.time()
-        measurement = self.launcher.trial(folder, order.python)
-        if read_trial(folder).measurement != measurement:
-            write_json(folder / "result.json", {**asdict(measurement), "started": started, "finished": time.time()})
-        return read_trial(folder)
+        self.crew.start(folder, order.python)
+
+    def _land(self) -> TrialRecord:
+        """The next trial that ends; its folder is whole, whatever happened to the child."""
+        landed = self.crew.land()
+        if read_trial(landed.folder).measurement != landed.measurement:
+            write_json(landed.folder / "result.json", {**asdict(landed.measurement), "started": landed.started, "finished": time.time()})
+        record = read_trial(landed.folder)
+        if record.order.role != "confirm":
+            self.walls[record.number] = landed.seconds
+        return record
 
     def _insist(self, folder: Path, order: Order, must: bool = False) -> TrialRecord:
         """The trial in the folder if it was measured to this very order; else run it, again where it failed. `must`: raise when it cannot be."""
@@ -351,7 +413,8 @@ class _Run:
             if before.outcome is Outcome.MEASURED and _same(before.order, order):
                 return before
         for _ in range(RETRIES):
-            record = self._trial(folder, order)
+            self._start(folder, order)
+            record = self._land()
             if record.outcome is not Outcome.FAILED:
                 break
         self._track(record)
@@ -364,6 +427,8 @@ class _Run:
         return record
 
     def _confirmation(self, index: int, trial: TrialRecord) -> TrialRecord:
+        if self.crew.stopping:
+            raise _Stopped
         order = self._order(trial.number, "confirm", trial.order.backend, trial.order.settings)
         return self._insist(self.folder / "confirm" / f"{index:02d}", order)
 
@@ -377,15 +442,13 @@ class _Run:
         space = self.spaces.get(order.backend)
         return _point(order.backend, order.settings, space.point({}) if space else {})
 
-    def _progress(self, search: study.Search, baseline: TrialRecord) -> Progress:
+    def _progress(self, search: study.Search, baseline: list[TrialRecord]) -> Progress:
         assert self.goal is not None
-        resolved = goals.resolve(self.goal, baseline.metrics)
-        records = [r for r in read_study(self.folder).trials if r.order.role in study.SEARCH_ROLES]
-        kinds = [r.outcome for r in records]
+        assert self.budget is not None
+        resolved, records = goals.resolve(self.goal, baseline[0].metrics), search.finished
+        kinds, ranked = [r.outcome for r in records], search.ranked()
         feasible = sum(r.outcome is Outcome.MEASURED and goals.feasible(resolved, r.metrics) for r in records)
-        seconds = [r.finished - r.started for r in (*records, baseline) if r.finished]
-        each, ranked = sum(seconds) / max(1, len(seconds)), search.ranked()
-        left = max(0, self.config.study.trials - search.done)
+        flying = {int(name): seconds for name, seconds in self.crew.flying.items()}
         return Progress(
             done=search.done,
             total=self.config.study.trials,
@@ -393,26 +456,14 @@ class _Run:
             broken=kinds.count(Outcome.MEASURED) - feasible,
             refused=kinds.count(Outcome.INFEASIBLE),
             failed=kinds.count(Outcome.FAILED),
-            best=_trial_line(ranked[0], self._words(ranked[0].order), resolved, baseline) if ranked else "the baseline",
-            eta_s=each * (left + 2 * self.config.study.confirm_pairs) + PUBLISH_S if each else math.inf,
+            best=_trial_line(ranked[0], self._words(ranked[0].order), resolved, baseline[0]) if ranked else "the baseline",
+            eta_s=self.budget.seconds_left(records, baseline, flying, self.launcher.slots, 2 * self.config.study.confirm_pairs),
         )
-
-    def _out_of_time(self, search: study.Search, began: float) -> bool:
-        if not self.config.study.minutes or time.monotonic() - began < 60 * self.config.study.minutes:
-            return False
-        self.view.say(f"the search's {self.config.study.minutes:g} minutes are over after {search.done} trials")
-        return True
 
     def _fixed(self) -> dict[str, str]:
         tree = {name: value for name, value in asdict(self.config).items() if name != "command"}
         flat = {name: value for name, value in _flat(tree).items() if not name.startswith(FREE)}
         return {**flat, "engines": ", ".join(self.spaces)}
-
-
-def _local(config: TuneConfig, view: View) -> LocalLauncher:
-    limits = config.study
-    cache = Path(config.paths.cache).resolve()
-    return LocalLauncher(cache=cache, deadline_s=limits.deadline_s, memory_mib=limits.memory_limit_mib, on_line=view.line)
 
 
 def _unavailable(folder: Path, runs: Path, backends: Mapping[str, Any]) -> dict[str, str]:
@@ -437,10 +488,13 @@ def _trial_line(record: TrialRecord, words: str, goal: Goal, baseline: TrialReco
     if record.outcome is not Outcome.MEASURED:
         reason = record.measurement.reason.strip().splitlines()
         return f"{head}: {record.outcome}, {reason[0][:160] if reason else 'no reason given'}"
-    figures = ", ".join(f"{o.metric} {record.metrics[o.metric]:.4g}" for o in goal.objectives)
-    broken = [name for name, excess in goals.excess(goal, record.metrics).items() if excess > 0]
+    if record.given_up:
+        return f"{head}: decided early, {record.measurement.reason}"
+    intervals = record.measurement.intervals
+    figures = ", ".join(f"{o.metric} {with_interval(record.metrics[o.metric], intervals.get(o.metric))}" for o in goal.objectives)
+    broken = gate.broken(goal, record.metrics)
     verdict = f"beyond {'; '.join(broken)}" if broken else f"x{goals.improvement(goal, record.metrics, baseline.metrics):.3f}"
-    return f"{head}: {figures}, {verdict}"
+    return f"{head}: {figures}, {verdict}" + (", decided early" if record.metrics.get("window/decided_early") else "")
 
 
 def _point(backend: str, settings: Settings, defaults: Settings) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -124,12 +125,12 @@ TENSORRT = Space(
 class VirtualGpu:
     """replay.World: the formula at one scale."""
 
-    objectives = ("latency_ms/p99", "-throughput_rps/peak")
+    objectives: tuple[str, ...] = ("latency_ms/p99", "-throughput_rps/peak")
 
     def __init__(self, scale: str = "medium") -> None:
         """`scale` is one of SCALES."""
         self.name, self.scale = f"virtual-{scale}", SCALES[scale]
-        self.spaces = {"vllm": VLLM, "tensorrt": TENSORRT}
+        self.spaces: Mapping[str, Space] = {"vllm": VLLM, "tensorrt": TENSORRT}
         self.rate_rps = LOAD * _vllm(self.scale, VLLM.point({}), 1.0).peak_rps
         self._known: dict[str, Point] = {}
 
@@ -159,7 +160,13 @@ class VirtualGpu:
         point = self.point(backend, settings)
         if rng.random() < CRASHES:
             return replay.lost(backend, settings, "the device was lost", point.seconds / 2)
-        common = {"backend": backend, "settings": settings, "seconds": point.seconds, "build_seconds": point.build_seconds, "engine": point.engine}
+        common: dict[str, Any] = {
+            "backend": backend,
+            "settings": settings,
+            "seconds": point.seconds,
+            "build_seconds": point.build_seconds,
+            "engine": point.engine,
+        }
         if point.refused:
             return Record(outcome=Outcome.INFEASIBLE, reason=point.refused, metrics={}, **common)
         width = math.log(point.p99 / point.p50) / 2.3263
@@ -202,7 +209,7 @@ class Point:
         }
 
 
-def _served(*, rate_rps: float, fixed_ms: float, us_token: float, tokens: float, batch: float, wait_ms: float, lanes: float) -> dict[str, float]:
+def _served(*, rate_rps: float, fixed_ms: float, us_token: float, tokens: float, batch: float, wait_ms: float, lanes: float) -> dict[str, Any]:
     """Latency of batches of up to `batch` requests of so many tokens at the offered rate."""
     token_ms = us_token / 1000
     peak = 1000 * lanes * batch / (fixed_ms + batch * tokens * token_ms)
@@ -258,7 +265,7 @@ def _tensorrt(scale: Scale, s: Settings, rate_rps: float) -> Point:
     sizes = int(s.get("engine.graph_sizes", 0))
     build = (20 + scale.weights_gib) * level**1.3 * (1 + 0.35 * profiles) * (1.6 if precision in ("fp8", "int8") else 1.0)
     engine = landscape.key("tensorrt", {name: value for name, value in s.items() if name.startswith("build.")})
-    common = {"build_seconds": build, "engine": engine}
+    common: dict[str, Any] = {"build_seconds": build, "engine": engine}
     load, window = 8 + scale.weights_gib / 4 + sizes * 0.8, REQUESTS / rate_rps + 6
     weights = scale.weights_gib * BYTES[precision] / 2
     taken = weights + contexts * profiles * 16384 * BYTES[precision] * 60e-6 * math.sqrt(scale.weights_gib) + sizes * 0.12 * contexts

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-EXPERIMENTS: tuple[str, ...] = ("record", "search", "attribution", "failures")
+EXPERIMENTS: tuple[str, ...] = ("record", "search", "sequential", "gate", "damage", "noise", "attribution", "failures", "faults", "scaling")
 """Words after `bench`, each a module of this folder."""
 
 

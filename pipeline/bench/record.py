@@ -21,9 +21,8 @@ from pipeline.contracts import Outcome
 from pipeline.environment import fingerprint
 from pipeline.errors import MachineError, UserError
 from pipeline.landscape import Landscape, Record
-from pipeline.launcher import Line, LocalLauncher
+from pipeline.launcher import Launcher, Line, LocalLauncher
 from pipeline.records import Order, TrialRecord, read_trial, write_order
-from pipeline.tune import Launcher
 from search_spaces.space import Space
 
 AGAIN = 4

@@ -23,6 +23,7 @@ from pipeline import goals, landscape, replay, virtual_gpu, warm
 from pipeline.config import StudyConfig
 from pipeline.contracts import Outcome, Settings
 from pipeline.errors import UserError
+from search_spaces.space import Space
 
 LANDSCAPES = Path(__file__).resolve().parents[2] / "reports" / "landscapes"
 FORMULAS = ("virtual-medium", "virtual-large")
@@ -197,7 +198,7 @@ class Unadvised:
 
     def __init__(self, one: replay.World) -> None:
         self.name, self.objectives, self.rate_rps, self.seconds = one.name, one.objectives, one.rate_rps, one.seconds
-        self.spaces = {name: replace(space, presets=()) for name, space in one.spaces.items()}
+        self.spaces: Mapping[str, Space] = {name: replace(space, presets=()) for name, space in one.spaces.items()}
         self.points, self.play, self.truth = one.points, one.play, one.truth
 
 

@@ -14,13 +14,13 @@ from pipeline.records import read_study
 
 def write(study_folder: Path, out: Path) -> Path:
     """Write the report of a study, finished or not, into the folder `out`; returns its index.html. Raises UserError where there is no study."""
-    from pipeline.report import content, render, svg
+    from pipeline.report import blocks, content, render, svg
 
     study = read_study(study_folder)
     parts = content.sections(study)
     made = time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(study.record.created))
     subtitle = f"Study begun {made}. {len(study.trials)} trials, {len(study.confirmations)} confirmation windows."
-    drawings = [block for part in parts for block in part.blocks if isinstance(block, content.Drawing)]
+    drawings = [block for part in parts for block in part.blocks if isinstance(block, blocks.Drawing)]
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for old in (out / "figures").glob("*.svg"):
         old.unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline import learnt
 from pipeline.records import Figure, StudyFolder
 from pipeline.report import figures
-from pipeline.report.content import Block, Drawing, Table, Text
+from pipeline.report.blocks import Block, Drawing, Table, Text
 
 
 def bought(study: StudyFolder) -> list[Block]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline import goals
 from pipeline.contracts import Outcome
 from pipeline.goals import HIGHER_IS_BETTER
 from pipeline.records import Figure, StudyFolder, TrialRecord
-from pipeline.report import facts, figures
+from pipeline.report import evidence, facts, figures
+from pipeline.report.blocks import Block, Code, Drawing, Section, Table, Text, Tiles
 
 VERDICT = {
     "improved": "A faster engine was found, confirmed, and ships",
@@ -32,58 +32,6 @@ COMPARED = (
 TRADE_OFFS = "A mark is a trial of the search; hollow ones break a limit. A line joins the trials that no other allowed one beats in both figures."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """A paragraph; `strong` makes it the page's headline."""
-
-    text: str
-    strong: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Columns beyond the first `left` ones hold numbers."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    left: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """An SVG; `name` becomes its file."""
-
-    name: str
-    svg: str
-    caption: str
-    small: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Code:
-    """Something to copy into a terminal."""
-
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """Headline figures: label, value, note."""
-
-    tiles: tuple[tuple[str, str, str], ...]
-
-
-Block = Text | Table | Drawing | Code | Tiles
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A heading and what is under it."""
-
-    title: str
-    blocks: tuple[Block, ...]
-
-
 def sections(study: StudyFolder) -> list[Section]:
     """The whole report; sections without content are left out."""
     from pipeline.report.attribution import bought
@@ -92,7 +40,8 @@ def sections(study: StudyFolder) -> list[Section]:
     makers: Sequence[tuple[str, Callable[[StudyFolder], list[Block]]]] = (
         ("Decision", decision),
         ("Baseline against winner", comparison),
-        ("Accuracy, head by head", accuracy),
+        ("Accuracy, head by head", evidence.accuracy),
+        ("Noise and the curse of the winner", evidence.noise),
         ("Latency", latency),
         ("Trade-offs", trade_offs),
         ("What each knob bought", bought),
@@ -152,7 +101,11 @@ def comparison(study: StudyFolder) -> list[Block]:
         factor = two / one if kind in goals.POSITIVE and one > 0 and two > 0 else math.nan
         gain = factor if kind in HIGHER_IS_BETTER else 1 / factor
         sides = ((study.baseline, found.baseline), (chosen, found.winner_figure))
-        low_high = [_range(metric, _best_interval(t, figure, metric, found.metric, metric in confirmed)) for t, figure in sides]
+        own = [found.intervals.get(who, {}).get(metric) for who in ("baseline", "winner")]
+        low_high = [
+            _range(metric, (known if metric in confirmed else None) or _best_interval(t, figure, metric, found.metric, metric in confirmed))
+            for (t, figure), known in zip(sides, own, strict=True)
+        ]
         rows.append(
             (
                 metric,
@@ -164,44 +117,14 @@ def comparison(study: StudyFolder) -> list[Block]:
         )
     if not rows:
         return []
-    note = "Confirmed: fresh processes, a new request list, baseline and candidate in turn. Search: one window of the search. Intervals are 95 %."
+    note = (
+        "Confirmed: fresh processes, a new request list, baseline and candidate in turn. Search: one window of the search. Intervals are 95 %; a "
+        "single reading has none."
+    )
     return [
         Table(header=("metric", "baseline", "winner" if found.winner is not None else "candidate", "change", "from"), rows=tuple(rows)),
         Text(text=note),
     ]
-
-
-def accuracy(study: StudyFolder) -> list[Block]:
-    """Each trained head: baseline, winner, the upper bound of the loss, and the margin it had to stay under."""
-    chosen, base = facts.shipped(study), study.baseline
-    if base is None:
-        return []
-    margins = {b.metric: b.limit for b in study.record.goal.bounds if not b.relative and not b.at_least}
-    rows, losses = [], []
-    for head in study.record.heads:
-        for kind in ("auc", "gauc", "ne", "logloss"):
-            metric, loss = f"{kind}/{head}", f"{kind}_loss_upper/{head}"
-            figures_of = [t.metrics.get(metric, math.nan) if t else math.nan for t in (base, chosen)]
-            if not any(map(math.isfinite, figures_of)):
-                continue
-            upper = chosen.metrics.get(loss, math.nan) if chosen else math.nan
-            margin = margins.get(loss)
-            verdict = "" if margin is None or math.isnan(upper) else "kept" if upper <= margin else "lost"
-            # A loss is reference minus engine, so the reference is the engine plus its loss.
-            reference = base.metrics.get(metric, math.nan) + base.metrics.get(f"{kind}_loss/{head}", math.nan)
-            cells = [f"{v:.5f}" if math.isfinite(v) else "" for v in (reference, *figures_of)]
-            rows.append((head, kind.upper(), *cells, _loss(upper), _loss(margin), verdict))
-            if margin is not None and math.isfinite(upper):
-                losses.append((f"{kind.upper()}, {head}", upper, None))
-    if not rows:
-        return []
-    header = ("head", "metric", "reference", "baseline", "chosen engine", "loss, upper bound", "margin", "")
-    blocks: list[Block] = [Table(header=header, rows=tuple(rows), left=2)]
-    limits = {margins[name] for name in margins if "_loss_upper/" in name}
-    if losses and len(limits) == 1 and (drawn := figures.forest(losses, "upper 95 % bound of the loss", limit=limits.pop(), zero=True)):
-        blocks.append(Drawing(name="accuracy", svg=drawn, caption="How much each head could have lost, at most, against the fp32 reference."))
-    masked = "Only heads the data has a signal for are trained, shown and gated. The loss is reference minus engine on the same held-out requests;"
-    return [*blocks, Text(text=f"{masked} its one-sided 95 % upper bound must stay under the margin.")]
 
 
 def latency(study: StudyFolder) -> list[Block]:
@@ -266,8 +189,11 @@ def trials(study: StudyFolder) -> list[Block]:
     for trial in study.trials:
         value = trial.metrics.get(metric, math.nan)
         limits = "; ".join(facts.broken(study, trial)) if trial.outcome is Outcome.MEASURED else ""
-        ended = str(trial.outcome or "unfinished") + (", breaks a limit" if limits else "")
-        rows.append((str(trial.number), trial.order.role, trial.order.backend, ended, _number(metric, value), facts.settings_text(trial)))
+        early = ", decided early" if trial.metrics.get("window/decided_early") else ""
+        ended = str(trial.outcome or "unfinished") + early + (", breaks a limit" if limits else "")
+        interval = trial.measurement.intervals.get(metric) if trial.measurement else None
+        shown = f"{_number(metric, value)}{_range(metric, interval)}"
+        rows.append((str(trial.number), trial.order.role, trial.order.backend, ended, shown, facts.settings_text(trial)))
     # Numbers first, then words: all set to the left, or the settings would be pushed out of sight.
     return [*blocks, Table(header=("trial", "role", "engine", "outcome", metric, "settings"), rows=tuple(rows), left=6)]
 
@@ -389,10 +315,6 @@ def _gain(gain: float) -> str:
     if not math.isfinite(gain):
         return ""
     return "same" if abs(gain - 1) < 0.005 else f"{gain:.2f} x better" if gain > 1 else f"{1 / gain:.2f} x worse"
-
-
-def _loss(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.1e}"
 
 
 def _row_metrics(row: Mapping[str, Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import goals
+from pipeline import gate, goals
 from pipeline.contracts import Goal, Objective, Outcome
 from pipeline.interpreters import ROOT
 from pipeline.records import StudyFolder, TrialRecord
@@ -59,12 +59,7 @@ def broken(study: StudyFolder, trial: TrialRecord) -> list[str]:
     goal = resolved_goal(study)
     if goal is None:
         return []
-    result = []
-    for bound in goal.bounds:
-        value = trial.metrics.get(bound.metric, math.nan)
-        if not (value >= bound.limit if bound.at_least else value <= bound.limit):
-            result.append(f"{goals.describe(bound)} (is {value:.3g})")
-    return result
+    return gate.broken(goal, trial.metrics)
 
 
 def front(points: Sequence[tuple[float, float]], first: Objective, second: Objective) -> list[int]:

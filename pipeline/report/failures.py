@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline import feasibility, learnt
 from pipeline.records import StudyFolder
-from pipeline.report.content import Block, Table, Text
+from pipeline.report.blocks import Block, Table, Text
 from pipeline.terminal import duration
 
 MEANING = {

@@ -160,7 +160,7 @@ def forest(rows: Sequence[tuple[str, float, tuple[float, float] | None]], label:
         plot.rule(x=rows[0][1], look="even")
     for i, (name, value, interval) in enumerate(rows):
         look = "win" if i == 0 and limit is None else "dot"
-        if limit is not None and value > limit:
+        if limit is not None and (interval[1] if interval else value) > limit:
             look = "fail"
         if interval:
             plot.whisker(*interval, i, look)

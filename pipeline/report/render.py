@@ -6,7 +6,7 @@ from html import escape
 from importlib.resources import files
 
 from pipeline.report import svg
-from pipeline.report.content import Block, Code, Drawing, Section, Table, Text, Tiles
+from pipeline.report.blocks import Block, Code, Drawing, Section, Table, Text, Tiles
 
 
 def html(title: str, subtitle: str, sections: list[Section]) -> str:

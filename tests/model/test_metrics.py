@@ -72,7 +72,7 @@ def test_one_class_has_no_figure() -> None:
     assert np.isnan(metrics.normalised_entropy([0, 0], [0.1, 0.2]))
     assert np.isnan(metrics.auc([], []))
     with pytest.raises(ValueError, match="both classes"):
-        metrics.auc_interval([1, 1], [0.1, 0.2])
+        metrics.auc_interval([1, 1], [0.1, 0.2], [0, 1])
 
 
 def test_scores_that_are_no_numbers_are_refused() -> None:
@@ -98,7 +98,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         rng = np.random.default_rng(seed)
         labels = rng.integers(0, 2, 600)
         scores = rng.normal(size=600) + labels
-        low, high = metrics.auc_interval(labels, scores)
+        low, high = metrics.auc_interval(labels, scores, np.arange(600) // 20)
         hits += low <= truth <= high
         low, high = metrics.gauc_interval(labels, scores, np.arange(600) // 20, resamples=200, seed=seed)
         user_hits += low <= truth <= high
@@ -125,7 +125,9 @@ def test_evaluate_reads_known_labels_of_each_head_only() -> None:
     users = np.concatenate([np.full(len(s.labels), s.request.user_key) for s in samples])[rows]
     assert figures["auc/engagement"] == pytest.approx(roc_auc_score(labels, values), abs=1e-12)
     assert figures["gauc/engagement"] == pytest.approx(_gauc_loop(labels, values, users), abs=1e-12)
-    assert set(metrics.evaluate(samples, scores, heads=("retention",))) == {f"{m}/retention" for m in ("auc", "gauc", "ne", "logloss")}
+    assert set(metrics.evaluate(samples, scores, heads=("retention",))) == {
+        f"{m}/retention" for m in ("auc", "gauc", "ne", "logloss", "ece", "calibration_bias")
+    }
     with pytest.raises(ValueError, match="one score array a sample"):
         metrics.evaluate(samples, scores[1:])
     with pytest.raises(ValueError, match="must be"):
@@ -139,3 +141,39 @@ def test_a_hundred_thousand_events_take_no_time() -> None:
     metrics.gauc(labels, scores, users)
     metrics.auc(labels, scores)
     assert time.process_time() - started < 0.5
+
+
+def test_intervals_are_by_user() -> None:
+    """Each event forty times over says no more than once: an interval that counts events would be six times narrower."""
+    rng = np.random.default_rng(8)
+    labels, scores = rng.integers(0, 2, 100), rng.random(100)
+    again = [np.repeat(column, 40) for column in (labels, scores, np.arange(100))]
+    for interval in (metrics.auc_interval, metrics.log_loss_interval, metrics.normalised_entropy_interval):
+        assert interval(*again) == pytest.approx(interval(labels, scores, np.arange(100)), rel=1e-9)
+
+
+def test_the_auc_by_user_is_delongs_where_every_event_has_a_user_of_its_own() -> None:
+    labels, scores, _ = _table(3)
+    of_positives, of_negatives = metrics.auc_components(labels, scores)
+    delong = np.sqrt(of_positives.var() / len(of_positives) + of_negatives.var() / len(of_negatives))
+    assert metrics.standard_error(metrics.auc_influences(labels, scores), np.arange(len(labels))) == pytest.approx(delong, rel=0.005)
+    assert np.isnan(metrics.standard_error(np.ones(3), [5, 5, 5]))
+
+
+def test_calibration_known_by_hand() -> None:
+    labels, scores = [0, 1, 1, 1], [0.25, 0.25, 0.75, 0.75]
+    assert metrics.calibration_bias(labels, scores) == pytest.approx(-0.25)
+    assert metrics.expected_calibration_error(labels, scores, bins=2) == pytest.approx(0.25)
+    assert metrics.expected_calibration_error([0, 1], [0.0, 1.0], bins=20) == 0.0
+
+
+def test_normalised_entropy_has_an_interval_that_holds_the_truth() -> None:
+    """Perfect probabilities, uniform in (0.1, 0.9): the truth by a sample so large that it is one."""
+    rng, hits = np.random.default_rng(9), 0
+    many = rng.uniform(0.1, 0.9, 400_000)
+    truth = metrics.normalised_entropy(rng.random(400_000) < many, many)
+    for _ in range(200):
+        scores = rng.uniform(0.1, 0.9, 400)
+        low, high = metrics.normalised_entropy_interval(rng.random(400) < scores, scores, np.arange(400))
+        hits += low <= truth <= high
+    assert 181 <= hits <= 198

@@ -116,6 +116,13 @@ class Simulated:
     broken: tuple[str, ...] = ()
     """Roles whose orders are refused."""
     ran: list[Order] = field(default_factory=list)
+    slots: int = 1
+
+    def open(self, folder: Path) -> None:
+        """Nothing to prepare."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def trial(self, folder: Path, python: str = "") -> Measurement:
         """Write result.json last, as a child does."""

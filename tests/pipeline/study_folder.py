@@ -82,6 +82,8 @@ def decision(outcome: str) -> Decision:
         figures={"baseline": baseline, "winner": winner},
         candidate=3,
         best=(3,),
+        intervals={"baseline": {"latency_ms/p50": (8.8, 9.2)}, "winner": {"latency_ms/p50": (3.0, 3.2)}},
+        flattery=Figure(value=1.08, low=0.97, high=1.2),
     )
     if outcome == "improved":
         return won
@@ -114,6 +116,7 @@ def study_record(schema: FeatureSchema) -> StudyRecord:
         },
         skipped={"compiled": "no C++ compiler was found; install g++"},
         heads=TRAINED,
+        noise={"floor": 1.04, "window_deviation": 0.028, "confirm_pairs": 3.0, "minimum_detectable_improvement": 0.081, "pairs_for_5_percent": 6.0},
     )
 
 
@@ -134,6 +137,9 @@ def _trial(folder: Path, order: Order, ended: str, p99: float, started: float, e
             metrics |= {f"auc/{head}": 0.80, f"gauc/{head}": 0.737, f"ne/{head}": 0.8, f"logloss/{head}": 0.55}
             metrics |= {f"{kind}_loss/{head}": 1e-3 if lossy else -3e-5 for kind in ("auc", "gauc")}
             metrics |= {f"{kind}_loss_upper/{head}": 2e-3 if lossy else 1e-7 for kind in ("auc", "gauc")}
+            metrics |= {f"{kind}_loss_lower/{head}": 1e-4 if lossy else -6e-5 for kind in ("auc", "gauc")} | {f"auc_users/{head}": 1209.0}
+            metrics |= {f"gauc_users/{head}": 1108.0, f"calibration_bias/{head}": 0.004, f"ece/{head}": 0.011}
+            metrics |= {f"calibration_drift/{head}": 2e-3 if lossy else 1e-7, f"ece_drift/{head}": 1e-4 if lossy else 0.0}
         intervals = {"latency_ms/p99": (p99 * 0.93, p99 * 1.08), "auc/recommendation": (0.797, 0.803)}
         effective = {name: value for name, value in order.settings.items() if name.startswith(("engine.", "serve."))}
         measurement = replace(measurement, metrics=metrics, intervals=intervals, effective=effective)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from pipeline import goals
 from pipeline.config import BoundConfig, GoalConfig
-from pipeline.contracts import HEADS, Bound, Goal, Objective
+from pipeline.contracts import HEADS, Bound, Goal, Measurement, Objective, Outcome
 from pipeline.errors import UserError
 
 HEADS_HERE = ("recommendation", "retention")
@@ -56,6 +57,20 @@ def test_the_front_holds_what_nothing_beats() -> None:
     goal = Goal(objectives=(Objective(metric=P99), Objective(metric=MEMORY)))
     points = {0: {P99: 10.0, MEMORY: 100.0}, 1: {P99: 5.0, MEMORY: 200.0}, 2: {P99: 11.0, MEMORY: 100.0}, 3: {P99: 5.0, MEMORY: 200.0}}
     assert goals.pareto(goal, points) == (0, 1, 3)
+
+
+def test_a_trial_is_told_its_limits_and_the_figure_it_must_beat() -> None:
+    goal = Goal(objectives=(Objective(metric=P99),), bounds=(Bound(metric=MEMORY, limit=100.0), Bound(metric=PEAK, limit=5.0, at_least=True)))
+    rival = Measurement(outcome=Outcome.MEASURED, metrics={P99: 20.0}, intervals={P99: (18.0, 25.0)})
+    assert goals.decide(goal, rival) == {
+        "bounds": [[MEMORY, 100.0, False], [PEAK, 5.0, True]],
+        "objective": {"metric": P99, "maximize": False, "value": 20.0, "low": 18.0, "high": 25.0},
+        "needs_peak": True,
+    }
+    assert goals.decide(Goal(objectives=(Objective(metric=P99),)), None) == {"bounds": [], "objective": {}, "needs_peak": False}
+    both = Goal(objectives=(Objective(metric=P99), Objective(metric=MEMORY)))
+    assert goals.decide(both, replace(rival, metrics={P99: 20.0, MEMORY: 9.0}))["objective"] == {}
+    assert goals.decide(Goal(objectives=(Objective(metric=P99),)), replace(rival, intervals={}))["objective"]["high"] == 20.0
 
 
 def test_missing_names_what_is_absent_or_not_finite() -> None:

@@ -15,8 +15,10 @@ from pipeline import machine, measure
 from pipeline.backends.batcher import Batcher, BatchPolicy
 from pipeline.contracts import RankingRequest, Scores, Settings
 from pipeline.errors import MachineError, SettingsError
+from pipeline.gpu import GpuState
 from pipeline.measure import closed_loop, open_loop, spoilt, timed_window, warm_up
 from pipeline.percentiles import figures, peak_figures
+from pipeline.sequential import Seen, Stop
 from tests.factories import random_request
 
 
@@ -219,6 +221,114 @@ def test_a_disturbed_window_is_repeated_and_says_so(serve: Callable[..., Server]
     assert len(window.latency_ms) == 30
     assert len(said) == 1
     assert said[0].startswith("window discarded: other processes took")
+
+
+GPU = GpuState(
+    index=0, sm_clock_mhz=1980, memory_clock_mhz=0, throttle=0, temperature_c=40, power_w=1.0, memory_used_mib=0.0, memory_total_mib=0.0,
+    processes=frozenset(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "message", "way_out"),
+    [
+        ({"busy_s": 2.0}, "other processes took 100% of the CPU, at most 25% may", "raise measure.foreign_share"),
+        ({"steal_s": 0.4}, "the hypervisor took 20% of the CPU, at most 5% may", "raise measure.steal_share"),
+        ({"cpu_mhz": 1500.0}, "the CPU's clock went from 3000 to 1500 MHz, at most 25% of change is allowed", "raise measure.cpu_drift"),
+        ({"gpus": (replace(GPU, throttle=0x40),)}, "GPU 0 was throttled (NVML reasons 0x40) at 40 C and 1 W", "let it cool"),
+        ({"gpus": (replace(GPU, sm_clock_mhz=990),)}, "GPU 0's SM clock went from 1980 to 990 MHz, at most 10% of change", "raise measure.gpu_drift"),
+        ({"gpus": (replace(GPU, processes=frozenset({8, 9})),)}, "GPU 0 was shared with 1 other processes", "CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_whatever_disturbs_a_window_has_it_repeated_and_named(
+    serve: Callable[..., Server], changed: dict[str, object], message: str, way_out: str
+) -> None:
+    quiet = machine.State(at=0.0, cores=2, busy_s=0.0, own_s=0.0, steal_s=0.0, gpus=(GPU,), cpu_mhz=3000.0)
+    later = replace(quiet, at=1.0)
+    readings = iter([quiet, replace(later, **changed), quiet, later])  # type: ignore[arg-type]
+    said: list[str] = []
+    window = timed_window(
+        serve(sleeps(0.0)), arrivals(np.arange(10) * 0.005), arrivals([0, 0.01]), repeats=2, say=said.append, late_limit_ms=1000,
+        read=lambda: next(readings),
+    )  # fmt: skip
+    assert len(window.latency_ms) == 10
+    assert len(said) == 1
+    assert said[0].startswith(f"window discarded: {message}")
+    assert way_out in said[0]
+    assert next(readings, None) is None
+
+
+@pytest.mark.parametrize("name", ["cpu_drift", "gpu_drift"])
+def test_how_far_a_clock_may_drift_is_a_setting(serve: Callable[..., Server], name: str) -> None:
+    quiet = machine.State(at=0.0, cores=2, busy_s=0.0, own_s=0.0, steal_s=0.0, gpus=(GPU,), cpu_mhz=3000.0)
+    slow = {"cpu_drift": {"cpu_mhz": 1500.0}, "gpu_drift": {"gpus": (replace(GPU, sm_clock_mhz=990),)}}[name]
+    readings = iter([quiet, replace(quiet, at=1.0, **slow)])  # type: ignore[arg-type]
+    timed_window(
+        serve(sleeps(0.0)), arrivals([0, 0.01]), arrivals([0]), repeats=0, say=say_nothing, late_limit_ms=1000, read=lambda: next(readings),
+        **{name: 0.6},  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def test_a_window_ends_when_it_is_decided_and_has_what_was_sent(serve: Callable[..., Server]) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def look(seen: Seen, planned: int) -> Stop | None:
+        asked.append((len(seen.latency_ms), planned))
+        assert len(seen.finished) == len(seen.waiting) == len(seen.arrival_s) == len(seen.latency_ms)
+        assert seen.finished[:-5].all()
+        assert (seen.latency_ms[seen.finished] >= 2).all()
+        return Stop(reason="enough") if len(asked) == 3 else None
+
+    began = time.monotonic()
+    window = timed_window(
+        serve(sleeps(0.002)), arrivals(np.arange(400) * 0.01), arrivals([0, 0.01]), repeats=0, say=say_nothing, late_limit_ms=1000, read=still,
+        look=look,
+    )  # fmt: skip
+    assert time.monotonic() - began < 3
+    assert window.stop == Stop(reason="enough")
+    assert {planned for _, planned in asked} == {400}
+    assert asked[0][0] < asked[1][0] < asked[2][0] == len(window.latency_ms) == len(window.late_ms) == len(window.arrival_s) < 200
+    assert window.counters["batches"] == len(window.latency_ms)
+
+
+def test_a_window_is_not_asked_where_requests_leave_no_room(serve: Callable[..., Server]) -> None:
+    def look(seen: Seen, planned: int) -> Stop | None:
+        raise AssertionError("asked between two requests half a millisecond apart")
+
+    window = open_loop(serve(sleeps(0.0)), arrivals(np.arange(600) * 0.0005), look, 10_000)
+    assert window.stop is None
+    assert len(window.latency_ms) == 600
+
+
+def test_a_queue_that_is_seen_to_grow_is_overloaded(serve: Callable[..., Server]) -> None:
+    stop = Stop(reason="the queue grew to 30 requests", overloaded=True)
+    with pytest.raises(SettingsError, match=r"overloaded at 200\.0 requests/s: the queue grew to 30 requests after"):
+        open_loop(serve(sleeps(0.01)), arrivals(np.arange(300) * 0.005), lambda seen, planned: stop)
+
+
+def test_so_many_may_wait_as_an_engine_takes_at_once(serve: Callable[..., Server]) -> None:
+    burst = arrivals([*np.zeros(100), 0.5])
+    with pytest.raises(SettingsError, match="64 at most may"):
+        open_loop(serve(sleeps(0.001)), burst)
+    assert len(open_loop(serve(sleeps(0.001)), burst, None, 128).latency_ms) == 101
+
+
+def test_a_closed_loop_ends_when_it_is_enough(serve: Callable[..., Server]) -> None:
+    asked: list[int] = []
+
+    def enough(slices: np.ndarray) -> bool:
+        asked.append(len(slices))
+        assert (slices > 0).all()
+        return len(slices) >= 4
+
+    began = time.monotonic()
+    peak = closed_loop(serve(sleeps(0.005)), arrivals([0]), 2, 2.0, enough)
+    assert time.monotonic() - began < 1.6
+    assert asked[-1] == len(peak.per_slice_rps) < 10
+    assert peak.rate_rps == pytest.approx(peak.per_slice_rps.mean())
+    assert 60 < peak.rate_rps < 210
+    low, high = peak_figures(peak)[1]["throughput_rps/peak"]
+    assert low < peak.rate_rps < high
 
 
 def test_overload_counts_when_it_comes_back_and_nobody_disturbed(serve: Callable[..., Server]) -> None:

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, t
 
 from pipeline.measure import Peak, Window
-from pipeline.percentiles import figures, order_statistics, peak_figures, percentile, samples_needed
+from pipeline.percentiles import STUDENT, figures, order_statistics, peak_figures, percentile, samples_needed
+from pipeline.sequential import Stop
 
 
 @pytest.mark.parametrize("samples", [1, 7, 90, 459, 1000, 5000])
@@ -54,6 +55,15 @@ def test_a_percentile_that_the_samples_cannot_show_is_left_out() -> None:
     assert intervals["latency_ms/p99"][0] < enough["latency_ms/p99"] < intervals["latency_ms/p99"][1] < math.inf
 
 
+@pytest.mark.parametrize("given_up", [True, False])
+def test_a_window_that_was_decided_early_has_all_percentiles_and_is_marked(given_up: bool) -> None:
+    metrics, intervals = figures(replace(window(120), stop=Stop(reason="enough", given_up=given_up)))
+    assert metrics["window/decided_early"] == 1
+    assert metrics["window/given_up"] == given_up
+    assert intervals["latency_ms/p99"][0] <= metrics["latency_ms/p99"] < intervals["latency_ms/p99"][1] == math.inf
+    assert not {"window/decided_early", "window/given_up"} & set(figures(window(120))[0])
+
+
 def test_an_end_that_the_samples_cannot_show_is_open() -> None:
     samples = np.arange(1.0, 201.0)
     assert percentile(samples, 0.99)[2] == math.inf  # the largest of 200 may well lie below the true p99
@@ -81,3 +91,6 @@ def test_peak_interval_is_students() -> None:
     low, high = peak_figures(peak)[1]["throughput_rps/peak"]
     assert (low + high) / 2 == 100
     assert high - 100 == pytest.approx(2.262 * 10.541 / math.sqrt(10), rel=1e-3)
+    few = replace(peak, per_slice_rps=slices[:4])
+    assert peak_figures(few)[1]["throughput_rps/peak"][1] - 100 == pytest.approx(3.1824 * 11.547 / 2, rel=1e-3)
+    assert [float(t(n).ppf(0.975)) for n in range(1, 10)] == pytest.approx(list(STUDENT), rel=1e-4)

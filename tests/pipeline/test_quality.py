@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -8,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.metrics import auc, gauc
 from pipeline import quality
 from pipeline.backends.fake import BACKEND
 from pipeline.backends.session import BatchedSession
 from pipeline.cache import Cache
 from pipeline.contracts import HEADS, LabelledRequest, RankingRequest, Scores, Session, Settings
 from pipeline.errors import MachineError, SettingsError
-from pipeline.quality import accuracy, accuracy_key, auc_loss, check_parity, compare, gauc_loss, make_reference, score, split, top_agreement
+from pipeline.quality import accuracy, accuracy_key, check_parity, compare, make_reference, score, split, top_agreement
 from pipeline.requests import load_requests
 from tests.factories import random_request
 from tests.pipeline.trial_folder import labelled, make_inputs
@@ -38,7 +36,12 @@ def test_identical_scores_lose_exactly_nothing() -> None:
     metrics, intervals = compare(samples, [s.copy() for s in scores], scores, HEADS)
     for head in HEADS:
         assert metrics[f"auc_loss/{head}"] == metrics[f"auc_loss_upper/{head}"] == 0.0
-        assert metrics[f"gauc_loss/{head}"] == metrics[f"gauc_loss_upper/{head}"] == 0.0
+        assert metrics[f"gauc_loss/{head}"] == metrics[f"gauc_loss_upper/{head}"] == metrics[f"gauc_loss_lower/{head}"] == 0.0
+        assert metrics[f"calibration_drift/{head}"] == metrics[f"ece_drift/{head}"] == 0.0
+        assert metrics[f"auc_users/{head}"] == 200
+        for kind in ("ne", "logloss", "calibration_bias", "ece"):
+            low, high = intervals[f"{kind}/{head}"]
+            assert low < metrics[f"{kind}/{head}"] < high
         assert intervals[f"auc/{head}"][0] < metrics[f"auc/{head}"] < intervals[f"auc/{head}"][1]
         assert {f"ne/{head}", f"logloss/{head}", f"gauc/{head}"} <= set(metrics)
     assert metrics["score_diff/max"] == 0.0
@@ -106,55 +109,6 @@ def test_a_head_with_one_class_only_has_no_figures() -> None:
     metrics, _ = compare(samples, scores, scores, HEADS)
     assert "auc_loss_upper/retention" not in metrics
     assert "auc_loss_upper/engagement" in metrics
-
-
-def test_delong_agrees_with_a_bootstrap_of_events() -> None:
-    rng = np.random.default_rng(1)
-    expected = rng.normal(size=1500)
-    labels = rng.random(1500) < 1 / (1 + np.exp(-expected))
-    values = expected + rng.normal(0, 0.3, 1500)
-    loss, upper = auc_loss(labels, expected, values)
-    assert loss == pytest.approx(auc(labels, expected) - auc(labels, values))
-    rows = rng.integers(0, 1500, (400, 1500))
-    drawn = [auc(labels[r], expected[r]) - auc(labels[r], values[r]) for r in rows]
-    assert upper - loss == pytest.approx(1.645 * np.std(drawn), rel=0.15)
-
-
-def test_the_users_bootstrap_agrees_with_drawing_users_one_by_one() -> None:
-    rng = np.random.default_rng(2)
-    users = np.repeat(np.arange(120), rng.integers(3, 30, 120))
-    expected = rng.normal(size=len(users))
-    labels = rng.random(len(users)) < 1 / (1 + np.exp(-expected))
-    values = expected + rng.normal(0, 0.5, len(users))
-    loss, upper = gauc_loss(labels, expected, values, users, resamples=4000)
-    assert loss == pytest.approx(gauc(labels, expected, users) - gauc(labels, values, users))
-    rows_of, drawn = [np.flatnonzero(users == u) for u in range(120)], []
-    for _ in range(400):
-        chosen = rng.integers(0, 120, 120)
-        rows = np.concatenate([rows_of[u] for u in chosen])
-        fresh = np.repeat(np.arange(120), [len(rows_of[u]) for u in chosen])  # one drawn twice counts as two users
-        drawn.append(gauc(labels[rows], expected[rows], fresh) - gauc(labels[rows], values[rows], fresh))
-    assert upper == pytest.approx(np.quantile(drawn, 0.95), abs=0.15 * (upper - loss))
-
-
-def test_the_bootstrap_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(3)
-    users, values = np.repeat(np.arange(50), 10), rng.normal(size=500)
-    labels = rng.random(500) < 0.5
-    whole = gauc_loss(labels, values, -values, users)
-    monkeypatch.setattr(quality, "CHUNK_CELLS", 333)
-    assert gauc_loss(labels, values, -values, users) == whole
-
-
-def test_three_heads_of_a_hundred_thousand_events_take_seconds_at_most() -> None:
-    rng = np.random.default_rng(4)
-    users, values = np.repeat(np.arange(1200), 84), rng.normal(size=1200 * 84)
-    labels = rng.random(len(users)) < 0.4
-    began = time.process_time()
-    for _ in range(3):
-        gauc_loss(labels, values, values + 0.01, users)
-        auc_loss(labels, values, values + 0.01)
-    assert time.process_time() - began < 4
 
 
 def test_agreement_counts_the_common_part_of_the_best_ten() -> None:

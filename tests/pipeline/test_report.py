@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,14 +12,13 @@ from pipeline import report
 from pipeline.contracts import Objective
 from pipeline.interpreters import ROOT
 from pipeline.records import read_study, write_json
-from pipeline.report import facts
+from pipeline.report import content, facts
 from pipeline.report.svg import Axis, around
 from tests.pipeline.study_folder import make_study
 
 HEADINGS = (
-    "Decision", "Baseline against winner", "Accuracy, head by head", "Latency", "Trade-offs", "Knobs", "Trials over time", "What did not work",
-    "What failed, and what it cost",
-    "Training", "Machine, versions, data", "Reproduce it",
+    "Decision", "Baseline against winner", "Accuracy, head by head", "Noise and the curse of the winner", "Latency", "Trade-offs", "Knobs",
+    "Trials over time", "What did not work", "What failed, and what it cost", "Training", "Machine, versions, data", "Reproduce it",
 )  # fmt: skip
 
 
@@ -61,6 +61,16 @@ def test_the_page_needs_nothing_but_itself(page: str) -> None:
     assert len(page) < 400_000
 
 
+def test_a_trial_that_was_decided_early_is_marked(tmp_path: Path) -> None:
+    study = read_study(make_study(tmp_path))
+    ran = next(trial for trial in study.trials if trial.number and trial.metrics)
+    assert ran.measurement is not None
+    early = replace(ran, measurement=replace(ran.measurement, metrics={**ran.metrics, "window/decided_early": 1.0}))
+    table = content.trials(replace(study, trials=(study.trials[0], early)))[-1]
+    assert isinstance(table, content.Table)
+    assert ["decided early" in row[3] for row in table.rows] == [False, True]
+
+
 def test_it_says_everything_and_the_decision_first(page: str) -> None:
     titles = re.findall(r"<h2>(.*?)</h2>", page)
     assert titles == list(HEADINGS)
@@ -80,7 +90,10 @@ def test_it_says_everything_and_the_decision_first(page: str) -> None:
         "package.torch", "python -m pipeline tune study.name=demo", "Descriptive only", "Example CPU &lt;x&amp;y&gt;",
     ):  # fmt: skip
         assert words.removeprefix("package.") in page
-    assert '<td>recommendation</td><td>AUC</td><td class="n">0.79997</td><td class="n">0.80000</td>' in page, "reference, then baseline"
+    row = '<td>recommendation</td><td>AUC</td><td class="n">0.79997</td><td class="n">0.80000 (0.79700 to 0.80300)</td>'
+    assert row in page, "reference, then baseline"
+    for words in ("flattered it by 8.0%: 1.080 x (95 %: 0.970 to 1.200)", "2.603 x", "8.1%", "drift of the mean score", "passes"):
+        assert words in page
     assert "monetization" not in page, "an untrained head is never reported"
 
 
@@ -163,7 +176,8 @@ def test_limits_are_judged_as_the_search_does(study: Path) -> None:
     record = read_study(study)
     assert facts.broken(record, record.trials[3]) == []
     assert len(facts.broken(record, record.trials[4])) == 6
-    assert "auc_loss_upper/recommendation <= 0.0005 (is 0.002)" in facts.broken(record, record.trials[4])
+    wanted = "auc_loss_upper/recommendation <= 0.0005 (is 0.002, cannot decide with 1,209 test users: it loses between 0.0001 and 0.002; "
+    assert any(line.startswith(wanted) for line in facts.broken(record, record.trials[4]))
 
 
 @pytest.mark.parametrize("log", [False, True])

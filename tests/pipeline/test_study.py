@@ -247,6 +247,56 @@ def test_a_changed_space_keeps_what_still_lies_in_it(tmp_path: Path) -> None:
     assert bench.search.done == 3
 
 
+def test_points_that_are_out_are_not_handed_out_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, by_x(*(measured(x + 1.0) for x in range(4))), line())
+    out = [bench.search.ask() for _ in range(4)]
+    points = [point for point in out if point is not None]
+    assert sorted(int(point.settings["engine.x"]) for point in points) == [1, 2, 3]
+    assert [point.number for point in points] == [1, 2, 3]
+    assert out[3] is None  # for now: a point that fails may be asked for again
+    bench.search.tell(bench.run(points[1]))  # in whatever order they end
+    bench.judge = lambda backend, settings: Measurement(outcome=Outcome.FAILED, reason="ours")
+    bench.search.tell(bench.run(points[0]))
+    again = bench.search.ask()
+    assert again is not None
+    assert (again.number, again.settings) == (4, points[0].settings)
+
+
+def test_all_points_that_were_out_are_asked_for_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.steps(2)
+    out = [bench.search.ask() for _ in range(3)]
+    for point in out[:2]:  # the third has no folder yet
+        assert point is not None
+        bench.run(point)
+        (tmp_path / "trials" / f"{point.number:04d}" / "result.json").unlink()
+    bench.search = bench.open()
+    assert [bench.search.ask() for _ in range(3)] == out
+
+
+def test_presets_go_out_side_by_side_in_order(tmp_path: Path) -> None:
+    spaces = {name: search_spaces.of(name, 2) for name in ("eager", "compiled", "onnxruntime")}
+    one, several = Bench(tmp_path / "one", lambda b, s: measured(1.0), spaces), Bench(tmp_path / "several", lambda b, s: measured(1.0), spaces)
+    points = [several.search.ask() for _ in range(5)]
+    assert [(p.backend, p.settings) for p in points if p] == [(r.order.backend, r.order.settings) for r in one.steps(5)]
+
+
+def test_tpe_looks_elsewhere_while_points_are_out(tmp_path: Path) -> None:
+    """Its constant liar: six at once lie further apart than six drawn from one and the same model."""
+    spaces = {"e": Space(backend="e", nodes=(Float(name="engine.x", low=0.0, high=1.0, why="a line"),), defaults={"engine.x": 0.5})}
+
+    def spread(liar: bool) -> float:
+        found = []
+        for seed in range(3):
+            bench = Bench(tmp_path / f"{liar}{seed}", lambda b, s: measured(1.0 + abs(float(s["engine.x"]) - 0.3)), spaces, seed=seed, sampler="tpe")
+            bench.steps(9)
+            bench.search._study.sampler._constant_liar = liar  # type: ignore[attr-defined]
+            found.append(np.std([float(point.settings["engine.x"]) for _ in range(6) if (point := bench.search.ask())]))
+        return float(np.mean(found))
+
+    assert spread(True) > spread(False)
+
+
 def test_failures_in_a_row_or_in_share_stop_the_study(tmp_path: Path) -> None:
     spaces = line(options=tuple(range(30)))
 
@@ -275,6 +325,23 @@ def test_a_measured_point_without_the_goals_figure_is_ours_not_the_settings(tmp_
     assert record.measurement is not None
     assert "without a finite figure for latency_ms/p99" in record.measurement.reason
     assert read_trial(record.folder).measurement == record.measurement
+
+
+def test_a_point_that_was_given_up_is_never_ranked_and_still_taught(tmp_path: Path) -> None:
+    def judge(backend: str, settings: Settings) -> Measurement:
+        """Half of the points look best of all in the beginning of a window, after which they were given up."""
+        found = latency(backend, settings)
+        given_up = int(settings["engine.threads"]) in (3, 5, 7)
+        return measured(found.metrics[P99] * (0.01 if given_up else 0.9), **({"window/given_up": 1.0} if given_up else {}))
+
+    bench = Bench(tmp_path, judge, trials=12)
+    told = bench.steps(12)
+    given_up = {record.number for record in told if record.given_up}
+    assert given_up
+    assert len(given_up) < 12
+    assert not given_up & {record.number for record in bench.search.ranked()}
+    assert not given_up & set(bench.search.front())
+    assert all(record.outcome is Outcome.MEASURED for record in told)
 
 
 def test_two_objectives_give_a_front(tmp_path: Path) -> None:

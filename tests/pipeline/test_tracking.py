@@ -50,6 +50,7 @@ def test_a_study_becomes_a_parent_and_a_run_a_trial(tmp_path: Path, store: str, 
     assert {r.data.tags["mlflow.parentRunId"] for r in children.values()} == {parent.info.run_id}
     assert (parent.info.status, parent.data.tags["outcome"], parent.data.tags["winner"]) == ("FINISHED", "improved", "3")
     assert parent.data.metrics["ratio"] == 2.41
+    assert (parent.data.metrics["flattery"], parent.data.metrics["flattery/high"], parent.data.metrics["noise/floor"]) == (1.08, 1.2, 1.04)
     assert parent.data.metrics["winner/latency_ms/p99"] == 9.3
 
     winner = children["trials/0003 onnxruntime"]
@@ -57,6 +58,12 @@ def test_a_study_becomes_a_parent_and_a_run_a_trial(tmp_path: Path, store: str, 
     assert winner.data.params["build.graph_level"] == "all"
     assert winner.data.params["effective.engine.threads"] == "2"
     assert winner.data.metrics["latency_ms/p99"] == 9.1
+    assert (winner.data.tags["accuracy"], children["trials/0004 onnxruntime"].data.tags["accuracy"]) == ("passes", "cannot decide")
+    assert (
+        winner.data.metrics["users_needed/auc/recommendation"]
+        < 1209
+        < children["trials/0004 onnxruntime"].data.metrics["users_needed/auc/recommendation"]
+    )
     assert winner.data.metrics["latency_ms/p99/low"] < 9.1 < winner.data.metrics["latency_ms/p99/high"]
     assert winner.info.end_time - winner.info.start_time == 11_000
     infeasible, failed = children["trials/0005 onnxruntime"], children["trials/0008 onnxruntime"]

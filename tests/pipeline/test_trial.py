@@ -6,18 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline import trial, workload
+from pipeline import goals, trial, workload
 from pipeline.backends import registry
 from pipeline.backends.fake import Fake
-from pipeline.contracts import Outcome, Session, Settings
+from pipeline.contracts import Goal, Objective, Outcome, Session, Settings
 from pipeline.errors import MachineError, SettingsError
 from pipeline.launcher import LocalLauncher
-from pipeline.records import read_trial
+from pipeline.measure import Window
+from pipeline.records import read_trial, write_order
 from pipeline.requests import load_requests
 from pipeline.runner import MARKER
 from pipeline.trial import ignored, sorted_by_fault
@@ -89,6 +91,14 @@ def test_an_engine_whose_scores_changed_is_infeasible(root: Path) -> None:
     found = launcher(root).trial(make_trial(root, {"engine.fault": "scores"}, name="0005"))
     assert (found.outcome, found.kind) == (Outcome.INFEASIBLE, "wrong")
     assert "parity" in found.reason
+
+
+def test_an_engine_that_never_gave_the_references_scores_is_infeasible(tmp_path: Path) -> None:
+    """Nothing is known of its numerics, so that nothing but the reference can tell; in fp32 no AUC is asked."""
+    found = launcher(tmp_path).trial(make_trial(tmp_path, {"engine.fault": "scores"}))
+    assert found.outcome is Outcome.INFEASIBLE
+    assert "scores of the quality set differ by up to" in found.reason
+    assert "at most 5e-05 may be in fp32" in found.reason
 
 
 def test_an_engine_that_ignores_a_knob_is_infeasible(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +180,79 @@ def test_too_much_load_is_infeasible_and_stops_early(root: Path) -> None:
     found = launcher(root).trial(make_trial(root, {"serve.max_batch_tokens": 64, "serve.queue_limit": 16}, name="0007", rate_rps=20_000.0))
     assert (found.outcome, found.kind) == (Outcome.INFEASIBLE, "overloaded")
     assert found.reason.startswith("overloaded at 1")  # 20,000 nominal; these 120 arrivals are a little slower
+
+
+def test_a_trial_ends_when_its_limit_cannot_be_kept(root: Path) -> None:
+    folder = make_trial(root, {"engine.threads": 4}, name="0012", rate_rps=100.0)
+    order = {"bounds": [["latency_ms/p99", 0.01, False]], "objective": {}, "needs_peak": False}
+    write_order(folder, replace(read_trial(folder).order, decide=order))
+    found = launcher(root).trial(folder)
+    assert found.outcome is Outcome.MEASURED, found.reason
+    assert found.reason.startswith("latency_ms/p99 cannot be within 0.01 ms: ")
+    assert found.metrics["window/decided_early"] == found.metrics["window/given_up"] == 1
+    assert found.metrics["window/requests"] < 100
+    assert found.metrics["latency_ms/p99"] > 0.01  # which 120 requests cannot show, and a bound needs
+    assert "throughput_rps/peak" not in found.metrics  # nobody asked for it
+    assert len(read_trial(folder).samples()["latency_ms"]) == found.metrics["window/requests"]
+    assert found.metrics["score_diff/parity"] == 0.0
+    assert goals.missing(Goal(objectives=(Objective(metric="latency_ms/p99"),)), found.metrics) == []
+
+
+def test_a_peak_that_cannot_win_leaves_a_glimpse_of_the_window(root: Path) -> None:
+    folder = make_trial(root, {"engine.threads": 4}, name="0013", rate_rps=100.0)
+    beat = {"metric": "throughput_rps/peak", "maximize": True, "value": 1e6, "low": 9e5, "high": 2e6}
+    write_order(folder, replace(read_trial(folder).order, decide={"bounds": [["latency_ms/p99", 1e9, False]], "objective": beat, "needs_peak": True}))
+    found = launcher(root).trial(folder)
+    assert found.outcome is Outcome.MEASURED, found.reason
+    assert found.reason.startswith("throughput_rps/peak ")
+    assert "cannot beat 1e+06" in found.reason
+    assert found.metrics["throughput_rps/peak"] < 1e6
+    assert 100 <= found.metrics["window/requests"] < 120
+    log = (folder / "log.txt").read_text()
+    assert log.index("progress 0.600 peak") < log.index("progress 0.700 window")
+
+
+def test_a_survivor_has_all_figures_and_its_peak_after_its_window(root: Path) -> None:
+    folder = make_trial(root, {"engine.threads": 4}, name="0014", rate_rps=100.0)
+    beat = {"metric": "latency_ms/p50", "maximize": False, "value": 1e6, "low": 1e6, "high": 1e6}
+    write_order(folder, replace(read_trial(folder).order, decide={"bounds": [], "objective": beat, "needs_peak": False}))
+    found = launcher(root).trial(folder)
+    assert (found.outcome, found.reason) == (Outcome.MEASURED, "")
+    assert "window/decided_early" not in found.metrics
+    assert found.metrics["window/requests"] == 120
+    assert found.metrics["throughput_rps/peak"] > 0
+    log = (folder / "log.txt").read_text()
+    assert log.index("progress 0.700 window") < log.index("progress 0.900 peak")
+
+
+@pytest.mark.parametrize(("value", "beaten"), [(0.0, False), (1e5, True)])
+def test_the_largest_rate_within_a_limit_is_measured_where_it_is_asked_for(
+    root: Path, monkeypatch: pytest.MonkeyPatch, value: float, beaten: bool
+) -> None:
+    """The windows are a power law's: 10 ms at 300 requests a second."""
+    asked: list[float] = []
+
+    def window(self: object, session: object, name: str, rate: float, decide: object, requests: int | None = None) -> Window:
+        asked.append(rate)
+        latency = 10 * np.log(1 - (np.arange(400) + 0.5) / 400) / np.log(0.01) * (rate / 300) ** 2
+        return Window(arrival_s=np.arange(400) / rate, latency_ms=latency, late_ms=np.zeros(400), seconds=400 / rate, counters={})
+
+    monkeypatch.setattr(trial._Trial, "_window", window)
+    monkeypatch.setenv(MARKER, "in this process")
+    folder = make_trial(root, name=f"001{5 + beaten}", rate_rps=100.0, limit_ms=10.0)
+    beat = {"metric": trial.WITHIN, "maximize": True, "value": value, "low": value, "high": value}
+    if value:
+        write_order(folder, replace(read_trial(folder).order, decide={"bounds": [], "objective": beat, "needs_peak": False}))
+    assert trial.main([str(folder)]) == 0
+    found = read_trial(folder).measurement
+    assert found is not None
+    assert ("window/given_up" in found.metrics, found.reason.startswith(f"{trial.WITHIN} cannot beat")) == (beaten, beaten)
+    assert found.metrics["capacity/probes"] == len(asked) - 1
+    if beaten:
+        assert asked[1] == value  # it starts where the rival is
+    else:
+        assert found.metrics[trial.WITHIN] == pytest.approx(300, rel=0.1)
+        assert found.intervals[trial.WITHIN][0] <= found.metrics[trial.WITHIN] <= found.intervals[trial.WITHIN][1]
 
 
 def test_errors_are_sorted_by_who_must_act() -> None:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from pipeline import artifact
 from pipeline.config import GoalConfig, TuneConfig
-from pipeline.contracts import Outcome
-from pipeline.errors import UserError
-from pipeline.records import Order, StudyFolder, read_study
-from pipeline.tune import _point, reconfirm, tune
+from pipeline.contracts import Goal, Measurement, Objective, Outcome
+from pipeline.errors import MachineError, UserError
+from pipeline.records import Order, StudyFolder, TrialRecord, read_study, read_trial
+from pipeline.tune import _point, _trial_line, reconfirm, tune
 from search_spaces.space import Space
 from tests.pipeline.fake_study import Simulated, config, space
 
@@ -70,19 +74,61 @@ def test_a_study_finds_the_known_optimum_and_ships_it(tmp_path: Path) -> None:
     assert {t.order.measure["workload"] for t in study.trials} == {"workload.npz"}
 
 
+def decisions(launcher: Simulated) -> dict[str, list[dict[str, object]]]:
+    found: dict[str, list[dict[str, object]]] = {}
+    for order in launcher.ran:
+        found.setdefault("search" if order.role in ("preset", "sampled") else order.role, []).append(dict(order.decide))
+    return found
+
+
+def test_only_trials_of_the_search_may_be_decided_early_and_against_the_second_best(tmp_path: Path) -> None:
+    launcher = Simulated()
+    _, said, study = run(with_study(config(tmp_path), trials=8), launcher, space((1, 2, 3, 4, 5, 6, 8)))
+    found = decisions(launcher)
+    assert not any(decide for role in ("baseline", "noise", "confirm") for decide in found[role])
+    trials = {t.number: t for t in study.trials}
+    for index, decide in enumerate(found["search"]):
+        before = [t.metrics["latency_ms/p50"] for n, t in trials.items() if t.order.role in ("preset", "sampled") and n < index + 2]
+        better = sorted(p50 for p50 in before if p50 < trials[0].metrics["latency_ms/p50"])
+        beaten = better[1] if len(better) > 1 else trials[0].metrics["latency_ms/p50"]
+        assert decide["objective"]["value"] == pytest.approx(beaten)  # type: ignore[index]
+        assert decide["bounds"] == []
+    assert "decided early" not in said
+
+
+def test_deciding_early_can_be_turned_off(tmp_path: Path) -> None:
+    launcher, settings = Simulated(), config(tmp_path)
+    run(replace(settings, measure=replace(settings.measure, decide_early=False)), launcher)
+    assert not any(decide for role in decisions(launcher).values() for decide in role)
+
+
+def test_a_trial_line_says_what_was_decided_early() -> None:
+    goal = Goal(objectives=(Objective(metric="latency_ms/p50"),))
+    order = Order(number=3, role="sampled", backend="fake", settings={}, checkpoint="", inputs="", cache="")
+    metrics = {"latency_ms/p50": 4.0, "window/decided_early": 1.0, "window/given_up": 1.0}
+    lost = TrialRecord(folder=Path(), order=order, measurement=Measurement(outcome=Outcome.MEASURED, metrics=metrics, reason="it cannot beat 2 ms"))
+    assert _trial_line(lost, "fake", goal, lost) == "trial 0003 fake: decided early, it cannot beat 2 ms"
+    kept = replace(lost, measurement=Measurement(outcome=Outcome.MEASURED, metrics={**metrics, "window/given_up": 0.0}))
+    assert _trial_line(kept, "fake", goal, lost) == "trial 0003 fake: latency_ms/p50 4, x1.000, decided early"
+
+
 def test_nothing_better_ends_honestly_and_ships_the_baseline(tmp_path: Path) -> None:
     def only_lucky(order: Order) -> float:
         """Every point looks better in the search, and is not."""
         return 0.8 if order.role in ("preset", "sampled") else 1.0
 
-    code, said, study = run(config(tmp_path), Simulated(bonus=only_lucky), space(threads=(5, 4, 6)))
+    code, said, study = run(with_study(config(tmp_path), confirm_pairs=3), Simulated(bonus=only_lucky), space(threads=(5, 4, 6)))
     assert code == 0
     assert study.decision is not None
     assert study.decision.outcome == "no_improvement"
     assert study.decision.winner is None
     assert "which is worse" in study.decision.reason  # the baseline uses the best thread count
     assert artifact.verify(study.folder / "artifact").trial == 0
-    assert len(study.confirmations) == 4  # the best, then the next best, and no more
+    assert len(study.confirmations) == 12  # the best, then the next best, and no more
+    assert study.decision.flattery is not None
+    assert 1.2 < study.decision.flattery.low < 1.25 < study.decision.flattery.high
+    assert study.record.noise["confirm_pairs"] == 3
+    assert "3 pairs of windows confirm an improvement of" in said
     assert "(the baseline: no improvement)" in said.strip().splitlines()[-1]
 
 
@@ -178,34 +224,160 @@ def test_engines_that_do_not_exist_are_skipped_with_a_reason(tmp_path: Path) -> 
     assert "engine warp is skipped: there is no engine of this name" in said
 
 
-def test_an_interrupt_ends_the_search_and_not_the_study(tmp_path: Path) -> None:
-    class Impatient(Simulated):
-        def trial(self, folder: Path, python: str = "") -> object:  # type: ignore[override]
-            if len(self.ran) == 4:
-                self.ran.append(self.ran[0])
-                raise KeyboardInterrupt
-            return super().trial(folder, python)
+class Impatient(Simulated):
+    """Presses Ctrl-C while it runs the trial, or window, of that number among all."""
 
+    at: int = 4
+
+    def trial(self, folder: Path, python: str = "") -> Measurement:
+        if len(self.ran) == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+        return super().trial(folder, python)
+
+
+def test_ctrl_c_finishes_what_runs_and_reports_what_is_known(tmp_path: Path) -> None:
     settings, wide = with_study(config(tmp_path), trials=6), space(threads=(1, 2, 3, 4, 5, 6, 7, 8))
     code, said, study = run(settings, Impatient(), wide)
+    assert code == 130
+    assert "stopping: 0004 will be finished" in said
+    assert [t.outcome for t in study.trials] == [Outcome.MEASURED] * 5
+    assert study.confirmations == ()
+    assert study.decision is not None
+    assert (study.decision.outcome, study.decision.winner) == ("undecided", None)
+    assert re.match(r"stopped after 3 of 6 trials; best so far, not confirmed: trial 000\d fake .*; the same command goes on", study.decision.reason)
+    assert artifact.verify(study.folder / "artifact").trial == 0
+    assert "stopped after 3 of 6 trials" in (tmp_path / "reports" / "fake" / "report.md").read_text()
+    rest = Simulated()
+    code, _, study = run(settings, rest, wide)
     assert code == 0
-    assert "the search was stopped; confirming the best so far" in said
+    assert [o.number for o in rest.ran if o.role != "confirm"] == [5, 6, 7]
     assert study.decision is not None
     assert study.decision.outcome == "improved"
-    assert [t.outcome for t in study.trials] == [Outcome.MEASURED] * 4 + [None]
-    # The same command goes on with the very point that was cut off.
-    cut = study.trials[4].order
-    rest = Simulated()
-    _, _, study = run(settings, rest, wide)
-    assert rest.ran[0] == cut
-    assert sum(t.order.role == "sampled" for t in study.trials) == 6
-    assert all(t.outcome is Outcome.MEASURED for t in study.trials)
+
+
+def test_ctrl_c_before_the_search_and_in_a_confirmation_goes_on_as_well(tmp_path: Path) -> None:
+    first, second, third = Impatient(), Impatient(), Simulated()
+    first.at, second.at = 0, 7  # the baseline; then, after its repeat and six trials, the first window of the confirmation
+    settings, wide = with_study(config(tmp_path), trials=6), space(threads=(1, 2, 3, 4, 5, 6, 7, 8))
+    code, _, study = run(settings, first, wide)
+    assert (code, len(first.ran)) == (130, 1)
+    assert study.decision is not None
+    assert study.decision.reason == "stopped after 0 of 6 trials; nothing better yet; the same command goes on"
+    code, _, study = run(settings, second, wide)
+    assert (code, [o.role for o in second.ran].count("confirm")) == (130, 1)
+    assert study.decision is not None
+    assert study.decision.outcome == "undecided"
+    code, _, study = run(settings, third, wide)
+    assert (code, [o.role for o in third.ran]) == (0, ["confirm"])  # the first window counts
+    assert study.decision is not None
+    assert study.decision.outcome == "improved"
+
+
+def test_a_decision_outlives_a_search_that_is_stopped_on_its_way_further(tmp_path: Path) -> None:
+    settings, wide = with_study(config(tmp_path), trials=2), space(threads=(1, 2, 3, 4, 5, 6, 7, 8))
+    _, _, before = run(settings, chosen=wide)
+    more = Impatient()
+    more.at = 0
+    code, _, after = run(with_study(settings, trials=5), more, wide)
+    assert (code, after.decision) == (130, before.decision)
+    _, _, last = run(with_study(settings, trials=5), Simulated(), wide)
+    assert len(last.trials) == 2 + 5
+    assert last.decision is not None
+    assert last.decision.outcome == "improved"
+
+
+class Several(Simulated):
+    """Slots, and how many of them were busy at most, by role. A sampled trial lasts until `together` of them have met."""
+
+    def __init__(self, slots: int, together: int = 1, **options: Any) -> None:
+        super().__init__(delay_s=0.01, **options)
+        self.together = together
+        self.slots, self.busy, self.most, self.lock = slots, 0, Counter[str](), threading.Lock()
+
+    def trial(self, folder: Path, python: str = "") -> Measurement:
+        role = read_trial(folder).order.role
+        with self.lock:
+            self.busy += 1
+            self.most[role] = max(self.most[role], self.busy)
+        until = time.monotonic() + 20
+        try:
+            while role == "sampled" and self.most[role] < self.together and time.monotonic() < until:
+                time.sleep(0.005)
+            return super().trial(folder, python)
+        finally:
+            with self.lock:
+                self.busy -= 1
+
+
+def test_as_many_trials_run_as_there_are_slots_and_windows_that_are_compared_run_alone(tmp_path: Path) -> None:
+    launcher, wide = Several(3, together=3), space(threads=(1, 2, 3, 4, 5, 6, 7, 8))
+    code, _, study = run(with_study(config(tmp_path), trials=6), launcher, wide)
+    assert code == 0
+    assert launcher.most == {"baseline": 1, "noise": 1, "sampled": 3, "confirm": 1}
+    searched = [t for t in study.trials if t.order.role == "sampled"]
+    assert [t.number for t in searched] == [2, 3, 4, 5, 6, 7]
+    assert len({t.order.settings["engine.threads"] for t in searched}) == 6
+    assert study.decision is not None
+    assert study.decision.outcome == "improved"
+
+
+def test_several_slots_stop_at_a_spent_space_at_failures_and_at_ctrl_c(tmp_path: Path) -> None:
+    code, said, study = run(config(tmp_path, "small"), Several(8))
+    assert (code, len(study.trials)) == (0, 2 + 3)
+    assert "every point of the search space has been measured" in said
+    presets = tuple({"engine.fault": "bug", "engine.threads": t} for t in range(1, 9))
+    broken = space(tuple(range(1, 9)), faults=("none", "bug"), presets=presets)
+    code, said, study = run(with_study(config(tmp_path, "broken"), trials=20), Several(2), broken)
+    assert code == 1
+    assert "trials failed, and not through their settings" in said
+    assert [t.outcome for t in study.trials[2:]] == [Outcome.FAILED] * 4  # three, and the one beside the last
+
+    class Pressed(Several):
+        def trial(self, folder: Path, python: str = "") -> Measurement:
+            if folder.name == "0003":
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().trial(folder, python)
+
+    wide = space(threads=(1, 2, 3, 4, 5, 6, 7, 8))
+    code, said, study = run(with_study(config(tmp_path, "pressed"), trials=6), Pressed(2), wide)
+    assert code == 130
+    assert [t.outcome for t in study.trials] == [Outcome.MEASURED] * 4
+
+
+def test_a_launcher_that_breaks_ends_the_study_and_what_runs_beside(tmp_path: Path) -> None:
+    class Lost(Several):
+        ended = False
+
+        def trial(self, folder: Path, python: str = "") -> Measurement:
+            if folder.name == "0003":
+                raise MachineError("the cluster is lost")
+            return super().trial(folder, python)
+
+        def close(self) -> None:
+            self.ended = True
+
+    launcher = Lost(2)
+    with pytest.raises(MachineError, match="the cluster is lost"):
+        run(with_study(config(tmp_path), trials=6), launcher, space(threads=(1, 2, 3, 4, 5, 6, 7, 8)))
+    assert launcher.ended
+    _, _, study = run(with_study(config(tmp_path), trials=6), Several(2), space(threads=(1, 2, 3, 4, 5, 6, 7, 8)))
+    assert [t.number for t in study.trials] == list(range(8))
 
 
 def test_a_study_over_its_minutes_stops(tmp_path: Path) -> None:
     _, said, study = run(with_study(config(tmp_path), trials=50, minutes=0.0001), Simulated(delay_s=0.01))
     assert "the search's 0.0001 minutes are over after" in said
     assert study.decision is not None
+
+
+def test_engine_seconds_are_counted_across_runs(tmp_path: Path) -> None:
+    settings, wide = with_study(config(tmp_path), trials=2), space(threads=(1, 2, 3, 4, 5, 6, 7, 8))
+    run(settings, chosen=wide)
+    code, said, study = run(with_study(settings, trials=50, engine_seconds=0.35), chosen=wide)  # a simulated trial says it took 0.1 s
+    assert code == 0
+    assert "the search's 0.35 engine seconds are spent after 4 trials" in said
+    assert len(study.trials) == 2 + 4
 
 
 DRIVER = """

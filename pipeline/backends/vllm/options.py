@@ -36,7 +36,7 @@ NAMES = {
     "engine.kv_cache_dtype": "kv_cache_dtype",
 }
 """Settings vLLM knows by nearly the same name."""
-TRANSLATED = ("engine.dtype", "engine.kv_cache_memory_mib", "engine.host_cache_gib", "engine.cudagraph_capture_tokens", "engine.quantization")
+TRANSLATED = ("engine.kv_cache_memory_mib", "engine.host_cache_gib", "engine.cudagraph_capture_tokens", "engine.quantization")
 """Settings it knows otherwise, like `build.precision`."""
 
 
@@ -45,7 +45,7 @@ def engine_args(folder: Path, settings: Mapping[str, bool | int | float | str]) 
     known = {*NAMES, *TRANSLATED}
     if unknown := sorted(name for name in settings if name.startswith("engine.") and name not in known):
         raise SettingsError(f"{unknown[0]} is no setting of vLLM's engine; there are {', '.join(sorted(known))}")
-    precision = str(settings.get("engine.dtype", settings.get("build.precision", "fp32")))
+    precision = str(settings.get("build.precision", "fp32"))
     if precision not in DTYPES:
         raise SettingsError(f"build.precision is one of {', '.join(DTYPES)} for vLLM, got {precision}")
     args: dict[str, Any] = {"model": str(folder), **FIXED, **{NAMES[name]: value for name, value in settings.items() if name in NAMES}}

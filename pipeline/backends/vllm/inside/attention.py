@@ -166,7 +166,7 @@ def refuse(width: int, dtype: torch.dtype, kv_cache_dtype: str, block_size: int)
     """Raise ValueError for what the backend cannot do."""
     for name, value, fits, rule in (
         ("head width", width, HistoryBackend.supports_head_size(width), f"one of {HEAD_WIDTHS}"),
-        ("engine.dtype", dtype, HistoryBackend.supports_dtype(dtype), "fp32, bf16 or fp16"),
+        ("build.precision", dtype, HistoryBackend.supports_dtype(dtype), "fp32, bf16 or fp16"),
         ("engine.kv_cache_dtype", kv_cache_dtype, HistoryBackend.supports_kv_cache_dtype(kv_cache_dtype), "auto, the model's own type, or fp8"),
         ("engine.block_size", block_size, HistoryBackend.supports_block_size(block_size), "a multiple of 16"),
     ):
