@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline import attribution, goals, surrogate
 from pipeline.contracts import Goal, Outcome, Settings
+from pipeline.feasibility import Refusals
 from pipeline.records import Figure, TrialRecord
 from pipeline.surrogate import Place
 from search_spaces.space import Space
@@ -34,7 +35,7 @@ class Check:
     trial: int
     """The neighbour."""
     effect: Figure | None
-    """By which factor the winner's value is better; None where the other was refused or breaks a bound, `verdict` saying so."""
+    """By which factor the winner's value is better; None where the other was refused, given up or breaks a bound, as `verdict` says."""
     verdict: str
 
 
@@ -83,16 +84,17 @@ def wanted(spaces: Mapping[str, Space], goal: Goal, trials: Sequence[TrialRecord
     if not options:
         return []
     base = start[1] if start[0] == end[0] else attribution.laid(space, start[1])
-    here, chosen = float(model.mean([end])[0]), []
+    here, refusals, chosen = float(model.mean([end])[0]), Refusals(spaces), []
     for knob, points in options.items():
         back = [p for p in points if p[knob] == base.get(knob)] if base.get(knob) != end[1][knob] else []
         points = back or points
-        means = model.mean([(end[0], p) for p in points])
-        best = int(np.argmax(means))
-        # What was changed is asked about first, then what promises most.
-        chosen.append((not back, -abs(here - float(means[best])), points[best]))
-    chosen.sort(key=lambda row: row[:2])
-    return [(end[0], settings) for _, _, settings in chosen[:count]]
+        means, chances = model.mean([(end[0], p) for p in points]), refusals.chance(trials, [(end[0], p) for p in points])
+        doubtful = np.zeros(len(points), bool) if chances is None else chances > 0.5
+        best = int(np.argmax(np.where(doubtful, means - 1e6, means)))
+        # What is likely to be refused comes last; what was changed is asked about first, then what promises most.
+        chosen.append((bool(doubtful[best]), not back, -abs(here - float(means[best])), points[best]))
+    chosen.sort(key=lambda row: row[:3])
+    return [(end[0], row[3]) for row in chosen[:count]]
 
 
 def windows_spread(goal: Goal, trials: Sequence[TrialRecord]) -> float:
@@ -108,6 +110,8 @@ def _compared(goal: Goal, winner: TrialRecord, trial: TrialRecord, knob: str, sp
         verdict = "matters: the other value is refused"
     elif goals.missing(goal, trial.metrics) or not goals.feasible(goal, trial.metrics):
         verdict = "matters: the other value breaks a limit"
+    elif trial.given_up:  # its figures are of a part of a window
+        verdict = "matters: the other value was given up early, it could not win"
     else:
         log = math.log(goals.improvement(goal, winner.metrics, trial.metrics))
         half = 1.96 * math.hypot(*(max(spread, _inside(goal, t)) for t in (winner, trial)))

@@ -1,7 +1,7 @@
-"""`python -m pipeline bench attribution [landscape=all] [seeds=20] [trials=30] [sampler=bayes]`: does a study know what each knob bought?
+"""`python -m pipeline bench attribution [landscape=all] [seeds=20] [trials=30] [sampler=bayes] [neighbours=0]`: is it known what knobs bought?
 
-Searches are played on landscapes whose every point is known (`bench search` says which), and what `attribution` says of each search's winner is
-compared with the truth: the same split, computed from the exact figures of all points between baseline and winner. Printed for each landscape:
+Searches, and so many neighbours of their best, are played on landscapes whose every point is known (`bench search` says which). What `attribution`
+says of each winner is compared with the same split, computed from the exact figures of all points between baseline and winner. Printed for each:
 
 - how often the 95 % interval of a factor holds the true factor, and of the whole improvement the true one
 - how far a factor is off, in percent (median, 90th percentile), beside what a person would guess from medians of trials with and without the value
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import attribution, goals, replay
+from pipeline import attribution, goals, neighbours, replay
 from pipeline.bench.search import known, reference, world
 from pipeline.config import StudyConfig
 from pipeline.contracts import Outcome
@@ -41,6 +41,7 @@ class Game:
     seed: int
     trials: int
     sampler: str
+    neighbours: int
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,26 +50,44 @@ def main(arguments: Sequence[str]) -> int:
     from rich.progress import Progress
     from rich.table import Table
 
-    options = {"landscape": "all", "seeds": "20", "trials": "30", "sampler": "bayes", **dict(a.partition("=")[::2] for a in arguments)}
-    if unknown := set(options) - {"landscape", "seeds", "trials", "sampler"}:
-        raise UserError(f"bench attribution takes landscape, seeds, trials and sampler, got {', '.join(sorted(unknown))}")
+    options = {
+        "landscape": "all",
+        "seeds": "20",
+        "trials": "30",
+        "sampler": "bayes",
+        "neighbours": "0",
+        **dict(a.partition("=")[::2] for a in arguments),
+    }
+    if unknown := set(options) - {"landscape", "seeds", "trials", "sampler", "neighbours"}:
+        raise UserError(f"bench attribution takes landscape, seeds, trials, sampler and neighbours, got {', '.join(sorted(unknown))}")
     names = known() if options["landscape"] == "all" else tuple(options["landscape"].split(","))
-    title = (
-        f"{options['seeds']} searches a landscape, {options['trials']} trials each, sampler {options['sampler']}; 95 % intervals of rates in brackets"
-    )
-    rows = Table("landscape", *HEADINGS, title=title, title_justify="left")
+    title = "{seeds} searches a landscape, {trials} trials and {neighbours} neighbours each, sampler {sampler}; 95 % intervals of rates in brackets"
+    rows, columns = Table("", *names, title=title.format(**options), title_justify="left"), list[list[str]]()
     # One thread each: many small matrices, and as many searches as processes.
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     with ProcessPoolExecutor(os.cpu_count() or 1, get_context("spawn")) as pool, Progress(console=Console(stderr=True)) as progress:
         for name in names:
-            games = [Game(landscape=name, seed=s, trials=int(options["trials"]), sampler=options["sampler"]) for s in range(int(options["seeds"]))]
+            numbers = {what: int(options[what]) for what in ("trials", "neighbours")}
+            games = [Game(landscape=name, seed=seed, sampler=options["sampler"], **numbers) for seed in range(int(options["seeds"]))]
             found = list(progress.track(pool.map(explained, games), total=len(games), description=name))
-            rows.add_row(name, *summary([one for one in found if one]))
+            columns.append(summary([one for one in found if one]))
+    for heading, *cells in zip(HEADINGS, *columns, strict=True):
+        rows.add_row(heading, *cells)
     Console().print(rows)
     return 0
 
 
-HEADINGS = ("factors", "interval holds it", "and the whole", "off by (half, 90 %)", "guess off by", "first is first", "rank", "shares hold", "off by")
+HEADINGS = (
+    "factors",
+    "interval holds the true factor",
+    "interval of the whole holds it",
+    "factor off by (half, 90 %)",
+    "guess from medians off by",
+    "first truly is first",
+    "rank correlation (half)",
+    "interval holds the true share",
+    "share off by (mean)",
+)
 
 
 def explained(game: Game) -> dict[str, Any]:
@@ -79,6 +98,9 @@ def explained(game: Game) -> dict[str, Any]:
     if winner is None:
         return {}
     engine, windows = Engine(one, 10_000 + game.seed), list[Played]()
+    for backend, settings in neighbours.wanted(one.spaces, truth.goal, records, winner, game.neighbours):
+        records.append(engine.trial(len(records), neighbours.ROLE, backend, settings))
+    winner = _winner(truth, records) or winner
     for trial, count in zip((records[0], winner), AGAIN, strict=True):
         windows += [engine.trial(1000 + len(windows), "confirm", trial.order.backend, trial.order.settings) for _ in range(count)]
     told = attribution.attribute(one.spaces, truth.goal, [*records, *windows], winner)

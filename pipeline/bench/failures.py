@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
                     what = f"{sampler}{', postponed' if postponed else ''}"
                     found = list(progress.track(pool.map(played, made), total=len(made), description=f"{name} {what}"))
                     rows.add_row(name, what, *summary(found))
-    Console().print(rows)
+    Console(width=None if Console().is_terminal else 160).print(rows)
     return 0
 
 

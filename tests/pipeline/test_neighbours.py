@@ -50,7 +50,12 @@ def test_a_comparison_says_what_matters() -> None:
     known = made(QUICK, {**QUICK, "engine.threads": 1}, {**QUICK, "engine.colour": "blue"}, {**QUICK, "engine.pages": "auto"})
     refused = Measurement(outcome=Outcome.INFEASIBLE, reason="no", kind="refused")
     known.append(replace(trial(9, "one", ONE.point({**QUICK, "engine.threads": 3}), 0.0), measurement=refused))
+    early = trial(10, "one", ONE.point({**QUICK, "engine.threads": 2}), 0.0)
+    assert early.measurement is not None
+    known.append(replace(early, measurement=replace(early.measurement, metrics={**early.metrics, "window/given_up": 1.0})))
     found = {(c.knob, c.other): c for c in neighbours.checks(SPACES, GOAL, known, known[2])}
+    assert found["engine.threads", "2"].effect is None
+    assert "given up early" in found["engine.threads", "2"].verdict
     assert found["engine.threads", "1"].verdict == "matters"
     effect = found["engine.threads", "1"].effect
     assert effect is not None
