@@ -98,8 +98,8 @@ class StudyConfig:
     minutes: float = 0.0
     """Limit of the search stage; 0 means none."""
     seed: int = 0
-    sampler: str = "tpe"
-    """bayes, tpe or random."""
+    sampler: str = "bayes"
+    """bayes (`surrogate`), tpe or random; reports/search compares them."""
     warm_start: str = ""
     """Folder of an earlier study, of another model, data set or machine: its best points are tried after the presets. Empty means none."""
     deadline_s: float = 120.0
