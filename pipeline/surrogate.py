@@ -72,7 +72,7 @@ class Bayes:
     def expected(self, measured: Sequence[TrialRecord]) -> list[float]:
         """Logarithm of each record's figure as the model has it, lower is better: a lucky window among poor neighbours is believed less."""
         process = self._objective(measured, (), [1.0 for _ in self._goal.objectives])
-        return process.predict(process.rows)[0].tolist()
+        return [float(x) for x in process.predict(process.rows)[0]]
 
     def _objective(self, measured: Sequence[TrialRecord], pending: Sequence[Place], weights: Sequence[float]) -> Process:
         """The process on log figures, lower is better. Points under way count as found to be what they are expected to be."""
