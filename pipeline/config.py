@@ -120,8 +120,8 @@ class StudyConfig:
     storage: str = ""
     """Where Optuna keeps its memory of the trials: postgresql://user@host/database, or empty for SQLite in the study's folder."""
     seed: int = 0
-    sampler: str = "tpe"
-    """bayes, tpe or random."""
+    sampler: str = "bayes"
+    """bayes (`surrogate`), tpe or random; reports/search compares them."""
     warm_start: str = ""
     """Folder of an earlier study, of another model, data set or machine: its best points are tried after the presets. Empty means none."""
     deadline_s: float = 120.0

@@ -297,8 +297,9 @@ class Step:
 def search(
     world: World, reference: Reference, config: StudyConfig, *, sampler: str = "", hints: Sequence[tuple[str, Settings]] = ()
 ) -> Iterator[Step]:
-    """Play a search step by step: the baseline, then up to `config.trials` points; leave it when enough is spent. The same for the same seed.
+    """Play a search step by step: the baseline with its repeats, then up to `config.trials` points; leave it when enough is spent.
 
+    The same for the same seed.
     `sampler` replaces the configured one by any that `samplers` makes, `hints` are what a warm start would try.
     """
     engine = Engine(world, config.seed)
@@ -306,7 +307,8 @@ def search(
     baseline = engine.trial(0, "baseline", backend, space.point({}))
     while baseline.outcome is Outcome.FAILED:  # a study insists on its baseline
         baseline = engine.trial(0, "baseline", backend, space.point({}))
-    running = study.Search(Path(), world.spaces, reference.goal, config, [baseline], InMemoryStorage(), sampler, hints)
+    windows = [baseline, *(engine.trial(i + 1, "noise", backend, baseline.order.settings) for i in range(config.noise_windows))]
+    running = study.Search(Path(), world.spaces, reference.goal, config, windows, InMemoryStorage(), sampler, hints)
     start = best = reference.regret(backend, baseline.order.settings)
     yield Step(seconds=engine.seconds, regret=start, best=best, record=baseline)
     while running.done < config.trials and not running.stop_reason() and (point := running.ask()):

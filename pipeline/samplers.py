@@ -1,4 +1,4 @@
-"""Who proposes the next point, by the names that `study.sampler` takes: our own `surrogate`, or one of Optuna's.
+"""Who proposes the next point, by the names that `study.sampler` takes: our own `bayes` (`surrogate`), or one of Optuna's.
 
 RIVALS are there to be compared with (`bench search`). Left out: presets, duplicates, warm starts and what is told of a trial (`study`).
 """
@@ -31,6 +31,6 @@ def make(name: str, seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def proposer(name: str, spaces: Mapping[str, Space], goal: Goal, seed: int) -> Bayes | None:
+def proposer(name: str, spaces: Mapping[str, Space], goal: Goal, seed: int, priced: bool) -> Bayes | None:
     """What chooses whole points itself, from the records: `bayes`; None for Optuna's, which choose knob by knob."""
-    return Bayes(spaces, goal, seed) if name == "bayes" else None
+    return Bayes(spaces, goal, seed, priced) if name == "bayes" else None

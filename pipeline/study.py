@@ -186,7 +186,7 @@ class Search:
         # Not the bare seed: a resumed study would draw its first points again.
         seed = (config.seed * 1_000_003 + len(self._study.get_trials(deepcopy=False))) % 2**32
         self._study.sampler = samplers.make(sampler or config.sampler, seed)
-        self._proposer = samplers.proposer(sampler or config.sampler, self._spaces, goal, seed)
+        self._proposer = samplers.proposer(sampler or config.sampler, self._spaces, goal, seed, priced=config.minutes > 0)
         self._catch_up()
 
     @_storage_may_go()
@@ -276,7 +276,7 @@ class Search:
         found = [r for r in found if goals.feasible(self._goal, r.metrics) and goals.improvement(self._goal, r.metrics, baseline) > least]
         if self._proposer is None or not found:
             return sorted(found, key=lambda r: -goals.improvement(self._goal, r.metrics, baseline))
-        measured = [r for r in self._records.values() if r.outcome is Outcome.MEASURED and r.order.role != "noise"]
+        measured = [r for r in self._records.values() if r.outcome is Outcome.MEASURED]
         expected = dict(zip((r.number for r in measured), self._proposer.expected(measured), strict=True))
         return sorted(found, key=lambda r: expected[r.number])
 

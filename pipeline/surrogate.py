@@ -3,8 +3,9 @@
 A Gaussian process on the logarithm of the goal's figure, because knobs multiply latencies. Its covariance is a sum over knobs (what each does
 by itself, which a dozen trials can tell) and a product over all of them (what they do together, among knobs that matter). A second one says
 where settings are refused or break a bound. The next point is, of many drawn, of all neighbours of the best and, where there are few,
-of all there are, the one with the most expected improvement times chance of being allowed, per second that it is expected to take: a point
-whose engine is built already is cheaper. Every eighth is drawn at random, so that a wrong model delays the search and cannot blind it.
+of all there are, the one with the most expected improvement times chance of being allowed; where the budget is in minutes, per second that it is
+expected to take, so that a point whose engine is built already is cheaper. One in BLIND is drawn at random: a wrong model delays the search and
+cannot blind it. Repeats of the baseline are told too, and say how much of a figure is noise.
 
 Knows records and nothing of Optuna. Left out: presets, duplicates and warm starts (`study`).
 """
@@ -31,7 +32,7 @@ DRAWN = 400
 """Candidates drawn at random a proposal; an engine's whole space where it has no more points."""
 NEIGHBOURS_OF = 3
 """Best points whose neighbours, one knob away, are candidates."""
-BLIND = 8
+BLIND = 16
 """Every so many proposals one is random."""
 ITERATIONS = 20
 """Of the fit, which goes on from the last one's parameters."""
@@ -45,9 +46,9 @@ PRIOR_MEAN, PRIOR_SPREAD = np.log([0.3, 0.3, 1.0, 0.05]), np.array([1.5, 1.5, 1.
 class Bayes:
     """Proposes points. Keeps the fitted model from one proposal to the next as a start, and nothing that a fresh one could not find again."""
 
-    def __init__(self, spaces: Mapping[str, Space], goal: Goal, seed: int) -> None:
-        """`goal` is resolved."""
-        self._spaces, self._goal, self._rng = dict(spaces), goal, random.Random(seed)
+    def __init__(self, spaces: Mapping[str, Space], goal: Goal, seed: int, priced: bool = False) -> None:
+        """`goal` is resolved. `priced`: improvement counts per second and not per trial."""
+        self._spaces, self._goal, self._rng, self._priced = dict(spaces), goal, random.Random(seed), priced
         self._coder = Coder(spaces)
         self._starts: dict[str, FloatArray] = {}
         self._small = {name: _few(space, DRAWN) for name, space in self._spaces.items()}
@@ -63,7 +64,9 @@ class Bayes:
         if not candidates or (len(told) + len(pending)) % BLIND == 0:
             return candidates[0] if candidates else self._draw()
         rows = self._coder.rows(candidates)
-        score = np.log(np.maximum(model.improvement(rows), 1e-300)) + self._allowed(told, rows) - np.log(self._seconds(told, candidates))
+        score = np.log(np.maximum(model.improvement(rows), 1e-300)) + self._allowed(told, rows)
+        if self._priced:
+            score -= np.log(self._seconds(told, candidates))
         return candidates[int(np.argmax(score))]
 
     def expected(self, measured: Sequence[TrialRecord]) -> list[float]:
@@ -75,7 +78,7 @@ class Bayes:
         """The process on log figures, lower is better. Points under way count as found to be what they are expected to be."""
         figures = np.zeros(len(measured))
         for weight, objective in zip(weights, self._goal.objectives, strict=True):
-            logs = np.log([r.metrics[objective.metric] for r in measured])
+            logs = np.log(np.maximum([r.metrics[objective.metric] for r in measured], 1e-12))
             figures += weight / sum(weights) * (-logs if objective.maximize else logs)
         middle = float(np.median(figures))
         figures = np.minimum(figures, middle + 2 * (middle - float(figures.min())) + 1e-6)  # how bad the worst are says nothing

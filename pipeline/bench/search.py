@@ -46,6 +46,8 @@ class Entrant:
 
     sampler: str
     presets: bool = True
+    priced: bool = False
+    """Whether the budget is in minutes, as `study.minutes` says it."""
     warm: str = ""
     """'related': the best of a search of the sibling. 'adversarial': an earlier study whose best are the worst here."""
 
@@ -56,10 +58,11 @@ ENTRANTS: Mapping[str, Entrant] = {
     "nsga2": Entrant(sampler="nsga2"),
     "gp": Entrant(sampler="gp"),
     "bayes": Entrant(sampler="bayes"),
-    "bayes, no presets": Entrant(sampler="bayes", presets=False),
-    "random, no presets": Entrant(sampler="random", presets=False),
-    "bayes, warm": Entrant(sampler="bayes", warm="related"),
-    "bayes, misled": Entrant(sampler="bayes", warm="adversarial"),
+    "bayes/s": Entrant(sampler="bayes", priced=True),
+    "bayes-presets": Entrant(sampler="bayes", presets=False),
+    "random-presets": Entrant(sampler="random", presets=False),
+    "bayes+warm": Entrant(sampler="bayes", warm="related"),
+    "bayes+misled": Entrant(sampler="bayes", warm="adversarial"),
 }
 
 
@@ -158,7 +161,7 @@ def play(job: Job) -> dict[str, Any]:
     entrant, one, truth = ENTRANTS[job.entrant], world(job.landscape), reference(job.landscape)
     if not entrant.presets:
         one = Unadvised(one)
-    config, told = StudyConfig(trials=MOST, seed=job.seed), hints(job.landscape, entrant.warm, job.seed)
+    config, told = StudyConfig(trials=MOST, seed=job.seed, minutes=float(entrant.priced)), hints(job.landscape, entrant.warm, job.seed)
     seconds, regret = [], []
     for step in replay.search(one, truth, config, sampler=entrant.sampler, hints=told):
         seconds.append(round(step.seconds, 1))

@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 
 from pipeline import artifact
+from pipeline.backends.fake import service_ms
 from pipeline.config import GoalConfig, TuneConfig
 from pipeline.contracts import Goal, Measurement, Objective, Outcome
 from pipeline.errors import MachineError, UserError
@@ -110,6 +111,31 @@ def test_a_trial_line_says_what_was_decided_early() -> None:
     assert _trial_line(lost, "fake", goal, lost) == "trial 0003 fake: decided early, it cannot beat 2 ms"
     kept = replace(lost, measurement=Measurement(outcome=Outcome.MEASURED, metrics={**metrics, "window/given_up": 0.0}))
     assert _trial_line(kept, "fake", goal, lost) == "trial 0003 fake: latency_ms/p50 4, x1.000, decided early"
+
+
+def test_a_warm_start_takes_over_settings_and_no_figure_and_a_misleading_one_decides_nothing(tmp_path: Path) -> None:
+    """The earlier study finds what is worst here to be best, and a hundred times as fast."""
+    wide = space(threads=(1, 2, 3, 4, 5, 6, 7, 8))
+
+    def upside_down(order: Order) -> float:
+        return 0.01 / service_ms(order.settings, 2000) ** 2
+
+    misleading = run(with_study(config(tmp_path, "earlier"), trials=7), Simulated(bonus=upside_down), wide)[2]
+    settings = with_study(config(tmp_path, "later"), trials=7, confirm_pairs=3, warm_start=str(misleading.folder))
+    _, _, study = run(settings, chosen=wide)
+    assert study.decision is not None
+    assert study.decision.outcome == "improved"
+    winner = next(t for t in study.trials if t.number == study.decision.winner)
+    assert winner.order.settings["engine.threads"] in (4, 5, 6)
+    warm = [t for t in study.trials if t.order.role == "warm"]
+    assert 1 <= len(warm) <= 4
+    assert [t.order.role for t in study.trials if t.order.role in ("warm", "sampled")][: len(warm)] == ["warm"] * len(warm)
+    assert all(0.5 < t.metrics["latency_ms/p50"] / service_ms(t.order.settings, 2000) < 2 for t in study.trials)  # none of the earlier one's
+    assert study.record.fixed["study.warm_start"] == str(misleading.folder)
+    assert len(study.record.warm) == 4
+    assert f"did well in {misleading.folder}" in (tmp_path / "reports" / "later" / "report.md").read_text()
+    with pytest.raises(UserError, match=r"study\.warm_start=.*is no study's folder"):
+        run(with_study(config(tmp_path, "third"), warm_start=str(tmp_path)))
 
 
 def test_nothing_better_ends_honestly_and_ships_the_baseline(tmp_path: Path) -> None:

@@ -42,13 +42,13 @@ def test_a_recorded_grid_is_compared_at_shares_of_its_cost_and_reported(toy: str
     assert len(search_report.table(found).rows) == 4
 
 
-def test_ours_beats_chance_on_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four seeds each, twenty trials, the same presets."""
-    monkeypatch.setattr(search, "MOST", 20)
-    jobs = [search.Job(landscape="virtual-medium", entrant=e, seed=s, seconds=math.inf) for s in range(4) for e in ("random", "bayes")]
+def test_ours_beats_chance_on_the_formula() -> None:
+    """Three seeds each, thirty trials, the same presets."""
+    jobs = [search.Job(landscape="virtual-medium", entrant=e, seed=s, seconds=0.0) for s in range(3) for e in ("random", "bayes")]
     results = list(search.played(jobs, 1))
     regret = {e: [search.at(r) for r in results if r["entrant"] == e] for e in ("random", "bayes")}
-    assert max(regret["bayes"]) < min(regret["random"])
+    assert np.median(regret["bayes"]) < 0.1 < np.median(regret["random"])
+    assert np.mean(regret["bayes"]) < 0.5 * np.mean(regret["random"])
 
 
 @pytest.mark.parametrize("entrant", ["gp", "nsga2"])
