@@ -173,7 +173,8 @@ class Search:
         self._folder, self._spaces, self._goal, self._config = folder, dict(spaces), goal, config
         self._records = {record.number: record for record in trials}
         self._failed: list[bool] = []
-        self._asked: dict[int, tuple[Point, Trial]] = {}
+        self._asked: dict[int, tuple[Point, Trial | None]] = {}
+        # None: the sampler did not ask for it.
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # A changed space (study.resume=force) gets a sampler memory of its own, filled from the folders.
@@ -232,7 +233,10 @@ class Search:
         assert record.measurement is not None
         self._records[record.number] = record
         self._failed.append(record.outcome is Outcome.FAILED)
-        self._pass_on(trial, record.measurement)
+        if trial is not None:
+            self._pass_on(trial, record.measurement)
+        elif record.outcome is not Outcome.FAILED:
+            self._add(record)
         return record
 
     def stop_reason(self) -> str:
@@ -261,9 +265,11 @@ class Search:
         """Finished neighbours of the winner (`neighbours`)."""
         return sum(r.outcome is not None and r.order.role == neighbours.ROLE for r in self._records.values())
 
-    def want(self, backend: str, settings: Settings) -> None:
-        """Have a neighbour of the winner asked for next."""
-        self._enqueue(backend, settings, {"role": neighbours.ROLE})
+    def take(self, backend: str, settings: Settings) -> Point:
+        """A neighbour of the winner, measured beside the sampler's points, whatever waits to be asked for; `tell` comes after."""
+        point = Point(number=self._next_number(), role=neighbours.ROLE, backend=backend, settings=dict(settings))
+        self._asked[point.number] = point, None
+        return point
 
     def ranked(self) -> list[TrialRecord]:
         """Feasible points that beat the baseline's figures, or any figures of a baseline that breaks a bound; best first.

@@ -58,6 +58,8 @@ class Bayes:
         told = [r for r in records if r.outcome in (Outcome.MEASURED, Outcome.INFEASIBLE)]
         taken = {landscape.key(*place) for place in (*((r.order.backend, r.order.settings) for r in records), *pending)}
         measured = [r for r in told if r.outcome is Outcome.MEASURED]
+        if not measured:
+            return self._draw()
         weights = [self._rng.expovariate(1.0) for _ in self._goal.objectives]  # several: another direction of the front each time
         model = self._objective(measured, pending, weights)
         candidates = self._candidates(self._best(measured), taken)

@@ -54,7 +54,6 @@ FREE = (
     "study.resume",
     "study.name",
     "study.confirm_pairs",
-    "study.noise_windows",
     "study.neighbours",
     "study.max_",
     "launcher.address",
@@ -294,9 +293,7 @@ class _Run:
         places = list(neighbours.wanted(self.spaces, resolved, read_study(self.folder).trials, ranked[0], left))
         while True:
             while places and self.crew.free > 0 and not self.crew.stopping:
-                search.want(*places.pop(0))
-                if (point := search.ask()) is None:
-                    break
+                point = search.take(*places.pop(0))
                 order = self._order(point.number, point.role, point.backend, point.settings)
                 self._start(self.folder / "trials" / f"{point.number:04d}", order)
             if not self.crew.flying:

@@ -134,6 +134,7 @@ class _Patient(study.Search):
 
     def put_off(self, number: int) -> None:
         _, trial = self._asked.pop(number)
+        assert trial is not None
         self._study.tell(trial, state=TrialState.FAIL)
 
     def again(self, backend: str, settings: Any) -> None:

@@ -89,6 +89,20 @@ def test_a_study_measures_neighbours_once_and_a_better_one_wins(tmp_path: Path) 
     assert learnt.read(study.folder).checks
 
 
+def test_presets_that_the_budget_left_waiting_are_no_neighbours(tmp_path: Path) -> None:
+    base = config(tmp_path)
+    settings = replace(base, study=replace(base.study, trials=1, neighbours=2))
+    chosen = space((1, 3, 5, 8), presets=({"engine.threads": 5}, {"engine.threads": 8}, {"engine.threads": 1}))
+    assert tune(settings, "study: {}\n", spaces={"fake": chosen}, launcher=Simulated(), console=Console(file=io.StringIO())) == 0
+    study = read_study(tmp_path / "runs" / "fake")
+    best = next(t for t in study.trials if t.order.role == "preset")
+    roles = [t.order.role for t in study.trials]
+    assert roles[2] == "preset"
+    assert set(roles[3:]) <= {"neighbour"}
+    for each in study.trials[3:]:
+        assert neighbours.one_away(("fake", best.order.settings), ("fake", each.order.settings), chosen) == "engine.threads"
+
+
 def test_a_number_of_neighbours_below_zero_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"study\.neighbours"):
         replace(config(tmp_path).study, neighbours=-1)

@@ -150,6 +150,11 @@ def test_what_is_under_way_or_failed_is_not_proposed_again() -> None:
     assert bayes.propose(everything)[1]["engine.x"] in (0, 1, 2, 3)  # nothing is left, which is the study's to notice
 
 
+def test_before_anything_is_measured_a_point_is_drawn() -> None:
+    line = Space(backend="e", nodes=(Choice(name="engine.x", options=(0, 1, 2, 3), why="a line"),), defaults={"engine.x": 0})
+    assert {Bayes({"e": line}, GOAL, seed).propose([])[1]["engine.x"] for seed in range(30)} == {0, 1, 2, 3}
+
+
 def test_of_two_that_promise_the_same_the_cheaper_is_taken() -> None:
     """Engines a and b are built; a trial that builds takes ten times as long."""
     nodes = (Choice(name="build.kind", options=("a", "b", "c"), why="engines"), Choice(name="engine.x", options=(0, 1, 2, 3, 4, 5), why="a line"))
