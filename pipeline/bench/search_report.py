@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.bench import search
-from pipeline.records import write_json
 from pipeline.report.svg import Axis, Plot, standalone
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def verdict(found: Sequence[Mapping[str, Any]]) -> list[str]:
         first = next((s for s, v in zip(one["budgets"], one["entrants"][best]["at_cost"], strict=True) if np.median(v) <= search.NEAR), None)
         reached = f"within 5 % of the best, median over seeds, at {percent(first / one['seconds'])}" if first else "not within 5 %"
         line = f"- {one['landscape']}: {best} is ahead with a median regret of {percent(middle[best])} at {percent(share)} of the grid's cost, "
-        line += reached + ("" if best == "random" else f"; random has {percent(middle['random'])} (p = {p:.1g})")
+        line += reached + ("" if best == "random" else f"; random has {percent(middle['random'])} at that cost (p = {p:.1g})")
         lines.append(line + ".")
     if len(plain) > 1:
         total = {name: sum(rank[name] for rank in ranks) for name in plain}
@@ -141,7 +141,9 @@ def write(found: Sequence[Mapping[str, Any]], folder: Path, command: str) -> Non
         lines += ["", f"The best point: `{one['best']}`.", ""]
     lines += ["## How to read it", "", *NOTES, ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
-    write_json(folder / "results.json", {one["landscape"]: one for one in found})
+    # Without what the curves say already; infinities have no JSON form.
+    kept = {one["landscape"]: {**one, "entrants": {n: {"p": e["p"], "curves": e["curves"]} for n, e in one["entrants"].items()}} for one in found}
+    (folder / "results.json").write_text(json.dumps(kept, separators=(",", ":")), encoding="utf-8")
 
 
 NOTES = (
