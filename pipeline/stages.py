@@ -1,4 +1,4 @@
-"""What must exist before a search: data, a checkpoint, requests with reference scores, quantised checkpoints.
+"""What must exist before a search: engines that can run here, data, a checkpoint, requests with reference scores, quantised checkpoints.
 
 Each stage is one child process and one content-addressed folder, so it runs once for the same configuration, code and environment, and
 a later stage is handed folders, never objects. Nothing here knows of studies or trials.
@@ -7,6 +7,7 @@ a later stage is handed folders, never objects. Nothing here knows of studies or
 from __future__ import annotations
 
 import glob
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,14 +20,17 @@ from pipeline.cache import Cache, digest
 from pipeline.config import TuneConfig
 from pipeline.contracts import Settings
 from pipeline.environment import fingerprint
-from pipeline.errors import CheckpointError, UserError
+from pipeline.errors import CheckpointError, MachineError, UserError
 from pipeline.launcher import Line, LocalLauncher
 from pipeline.records import Order, read_json
+from pipeline.runner import run_child, tail
 from search_spaces.space import Space, pin
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "reference.npz"
 RECIPE, PLAIN = "quant.recipe", "none"
+ENGINES_S = 60.0
+"""Deadline of the question which engines this machine can run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,17 @@ class Checkpoint:
     """Its configuration."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Figures of its training; empty for one that was given."""
+
+
+def unavailable(folder: Path, runs: Path, backends: Mapping[str, Any]) -> dict[str, str]:
+    """Engine -> why this machine cannot run it, empty when it can; asked in a child, because only children may import engines."""
+    ended = run_child(["pipeline.doctor", str(runs), json.dumps(backends)], folder, ENGINES_S)
+    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    if ended.returncode or not lines:
+        raise MachineError(f"the engines could not be listed (`python -m pipeline doctor`): {tail(folder)}")
+    findings = json.loads(lines[-1])
+    prefix = "engine "
+    return {f["name"].removeprefix(prefix): "" if f["ok"] else f["detail"] for f in findings if f["name"].startswith(prefix)}
 
 
 def prepare(config: TuneConfig, on_line: Line | None = None) -> Prepared:

@@ -18,10 +18,8 @@ Left out: running trials (`launcher`), and what a goal means (`goals`).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import random
 import sqlite3
 import uuid
@@ -41,7 +39,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline import goals, neighbours, optuna_space, samplers
 from pipeline.config import StudyConfig
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
-from pipeline.environment import differences
 from pipeline.errors import MachineError, UserError
 from pipeline.records import TrialRecord, kind_of, read_json, write_json
 from search_spaces.space import Space, Value
@@ -66,45 +63,6 @@ class Point:
     role: str
     backend: str
     settings: dict[str, Value]
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the study's lock. Raises UserError where another process has it; it falls with its process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            stream.seek(0)
-            holder = stream.read().strip() or "unknown"
-            raise UserError(
-                f"study '{folder.name}' is being run by process {holder}; wait for it, or take another name with study.name=..."
-            ) from error
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield
-
-
-def check_resume(
-    folder: Path, resume: str, then: tuple[Mapping[str, str], Mapping[str, str]] | None, now: tuple[Mapping[str, str], Mapping[str, str]]
-) -> None:
-    """Refuse to mix figures of two machines or two configurations. `then` and `now` are (environment, fixed configuration) or None for a new study.
-
-    Raises UserError naming what changed unless `resume` is "force".
-    """
-    if then is None:
-        return
-    if resume == "never":
-        raise UserError(f"{folder} holds a study already; choose another study.name, remove the folder, or set study.resume=auto to go on")
-    changed = [*differences(then[0], now[0]), *differences(then[1], now[1])]
-    if changed and resume != "force":
-        raise UserError(
-            f"study '{folder.name}' cannot go on, because figures from before and after would not compare:\n  "
-            + "\n  ".join(changed)
-            + "\nchange it back, choose another study.name, or set study.resume=force to mix them all the same"
-        )
 
 
 class _QuickConnection(sqlite3.Connection):

@@ -7,18 +7,17 @@ confirmation run one at a time. Ctrl-C once finishes what runs and publishes wha
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from pipeline import artifact, confirm, feasibility, gate, goals, learnt, neighbours, noise, report, stages, study, warm
+from pipeline import artifact, confirm, feasibility, gate, goals, learnt, neighbours, noise, report, resume, stages, study, warm, wording
 from pipeline.budget import Budget
 from pipeline.config import TuneConfig
 from pipeline.contracts import Goal, Outcome, Settings
@@ -34,38 +33,16 @@ from pipeline.records import (
     read_decision,
     read_json,
     read_study,
-    read_trial,
     write_decision,
     write_json,
-    write_order,
     write_study,
 )
-from pipeline.runner import run_child, tail
-from pipeline.terminal import Progress, View, last_line, result_table, with_interval
+from pipeline.terminal import Progress, View, last_line, result_table
 from pipeline.tracking import Tracker
+from pipeline.trials import Trials
 from search_spaces.space import Space, pin
 
 STAGES = ("engines", "data", "training", "requests", "quantisation", "baseline", "search", "confirmation", "publication")
-FREE = (
-    "study.trials",
-    "study.minutes",
-    "study.engine_seconds",
-    "study.storage",
-    "study.resume",
-    "study.name",
-    "study.confirm_pairs",
-    "study.neighbours",
-    "study.max_",
-    "launcher.address",
-    "tracking.",
-    "paths.",
-    "compare",
-)
-"""Configuration that may change between a start and a resume; all else would mix figures that do not compare."""
-ENGINES_S = 60.0
-"""Deadline of the question which engines this machine can run."""
-RETRIES = 2
-"""Attempts at a window of the baseline or of a confirmation that failed through no fault of its settings."""
 INTERRUPTED = 130
 """Exit code of a study that Ctrl-C ended, as shells have it."""
 
@@ -87,8 +64,8 @@ def tune(
     `text` is the configuration as YAML. `spaces` replaces our own search spaces, `launcher` the one that the configuration asks for.
     """
     folder = Path(config.paths.runs) / config.study.name
-    with study.alone(folder), View(STAGES, console) as view, closing(launcher or chosen(config, view.line)) as where:
-        run = _Run(config=config, folder=folder.resolve(), view=view, launcher=where, crew=Crew(where, view.say))
+    with resume.alone(folder), View(STAGES, console) as view, closing(launcher or chosen(config, view.line)) as where:
+        run = _Run(config=config, folder=folder.resolve(), view=view, launcher=where, trials=Trials(crew=Crew(where, view.say), view=view))
         with view.stage("engines"):
             where.open(run.folder)
             run.choose_engines(spaces)
@@ -102,7 +79,7 @@ def tune(
             run.inputs = stages.requests(config, prepared, run.checkpoint, view.line)
         with view.stage("quantisation"):
             run.quantise()
-        with run.crew:
+        with run.trials.crew:
             with view.stage("baseline"):
                 baseline = run.baseline()
             with view.stage("search"):
@@ -113,7 +90,7 @@ def tune(
         with view.stage("publication"):
             shipped = run.publish(decision)
     run.farewell(decision, shipped)
-    return INTERRUPTED if run.crew.stopping else 1 if trouble else 0
+    return INTERRUPTED if run.trials.crew.stopping else 1 if trouble else 0
 
 
 def reconfirm(
@@ -142,7 +119,7 @@ class _Run:
     folder: Path
     view: View
     launcher: Launcher
-    crew: Crew
+    trials: Trials
     spaces: Mapping[str, Space] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     checkpoint: stages.Checkpoint | None = None
@@ -151,17 +128,13 @@ class _Run:
     goal: Goal | None = None
     record: StudyRecord | None = None
     rate_rps: float = 0.0
-    tracker: Tracker | None = None
     budget: Budget | None = None
-    walls: dict[int, float] = field(default_factory=dict)
-    """Number of a trial that this run measured -> seconds it took."""
-
     # -- before the search
 
     def choose_engines(self, given: Mapping[str, Space] | None) -> None:
         """Keep the engines this machine can run and the pinned settings allow; remember why not the others."""
         wanted = tuple(self.config.backends)
-        found = _unavailable(self.folder / "engines", Path(self.config.paths.runs), self.config.backends)
+        found = stages.unavailable(self.folder / "engines", Path(self.config.paths.runs), self.config.backends)
         self.skipped = {name: found.get(name, "there is no engine of this name") for name in wanted if found.get(name, "unknown")}
         usable = tuple(name for name in wanted if name not in self.skipped)
         for name, reason in self.skipped.items():
@@ -175,12 +148,12 @@ class _Run:
     def begin(self, text: str) -> None:
         """Check that what lies in the folder may be continued, and start tracking."""
         then = read_study(self.folder).record if (self.folder / "study.json").exists() else None
-        now = dict(fingerprint()), self._fixed()
-        study.check_resume(self.folder, self.config.study.resume, (then.environment, then.fixed) if then else None, now)
+        now = dict(fingerprint()), resume.fixed(self.config, self.spaces)
+        resume.check_resume(self.folder, self.config.study.resume, (then.environment, then.fixed) if then else None, now)
         self.record = then
         _write_text(self.folder / "config.yaml", text)
         if self.config.tracking.enabled:
-            self.tracker = Tracker(self.config.tracking.uri, self.config.tracking.experiment, self.view.say)
+            self.trials.tracker = Tracker(self.config.tracking.uri, self.config.tracking.experiment, self.view.say)
 
     def describe(self, prepared: stages.Prepared | None, rows: list[dict[str, Any]]) -> None:
         """Write study.json, as soon as the goal can be checked against the heads there are."""
@@ -198,12 +171,12 @@ class _Run:
             training={"metrics": dict(self.checkpoint.metrics), "rows": rows} if rows else {},
             skipped=self.skipped,
             heads=self.checkpoint.heads,
-            fixed=self._fixed(),
+            fixed=resume.fixed(self.config, self.spaces),
             warm=self.record.warm if self.record else self._warm(),
         )
         write_study(self.folder, self.record)
-        if self.tracker:
-            self.tracker.start_study(self.folder)
+        if self.trials.tracker:
+            self.trials.tracker.start_study(self.folder)
 
     def _warm(self) -> tuple[tuple[str, Settings], ...]:
         """Points of the earlier study that the configuration names."""
@@ -233,10 +206,12 @@ class _Run:
         backend, space = next(iter(self.spaces.items()))
         windows: list[TrialRecord] = []
         for number in range(1 + self.config.study.noise_windows):
-            if number and self.crew.stopping:
+            if number and self.trials.crew.stopping:
                 break
             role = "noise" if number else "baseline"
-            record = self._insist(self.folder / "trials" / f"{number:04d}", self._order(number, role, backend, space.point({})), must=not number)
+            record = self.trials.insist(self.folder / "trials" / f"{number:04d}", self._order(number, role, backend, space.point({})))
+            if not number:
+                record = self._must(record)
             if record.outcome is Outcome.MEASURED:
                 windows.append(record)
             if not number:
@@ -256,19 +231,19 @@ class _Run:
         resolved, config = goals.resolve(self.goal, baseline[0].metrics), self.config.study
         past = read_study(self.folder)
         search = study.Search(self.folder, self.spaces, resolved, config, past.trials, hints=past.record.warm)
-        self.budget, trouble, over, exhausted, told = Budget(config=config, earlier=search.finished, walls=self.walls), "", "", False, False
+        self.budget, trouble, over, exhausted, told = Budget(config=config, earlier=search.finished, walls=self.trials.walls), "", "", False, False
         while True:
             self.view.search(self._progress(search, baseline))
-            over = self.budget.over(search.finished, len(self.crew.flying))
-            while not (over or trouble or self.crew.stopping) and self.crew.free > 0:
+            over = self.budget.over(search.finished, len(self.trials.crew.flying))
+            while not (over or trouble or self.trials.crew.stopping) and self.trials.crew.free > 0:
                 point = search.ask()
                 if exhausted := point is None:
                     break
                 order = self._order(point.number, point.role, point.backend, point.settings)
                 order = replace(order, decide=self._decidable(search, resolved, baseline[0]))
-                self._start(self.folder / "trials" / f"{point.number:04d}", order)
-                over = self.budget.over(search.finished, len(self.crew.flying))
-            if not self.crew.flying:
+                self.trials.start(self.folder / "trials" / f"{point.number:04d}", order)
+                over = self.budget.over(search.finished, len(self.trials.crew.flying))
+            if not self.trials.crew.flying:
                 break
             record = self._tell(search, resolved, baseline[0])
             if not told and (few := gate.too_few(resolved, record.metrics)):
@@ -286,17 +261,17 @@ class _Run:
     def neighbours(self, search: study.Search, baseline: list[TrialRecord]) -> None:
         """Measure points one knob away from the best, as far as they were not; one that is better is the candidate from then on."""
         ranked, left = search.ranked(), self.config.study.neighbours - search.checked
-        if not ranked or left < 1 or search.stop_reason() or self.crew.stopping:
+        if not ranked or left < 1 or search.stop_reason() or self.trials.crew.stopping:
             return
         assert self.goal is not None
         resolved = goals.resolve(self.goal, baseline[0].metrics)
         places = list(neighbours.wanted(self.spaces, resolved, read_study(self.folder).trials, ranked[0], left))
         while True:
-            while places and self.crew.free > 0 and not self.crew.stopping:
+            while places and self.trials.crew.free > 0 and not self.trials.crew.stopping:
                 point = search.take(*places.pop(0))
                 order = self._order(point.number, point.role, point.backend, point.settings)
-                self._start(self.folder / "trials" / f"{point.number:04d}", order)
-            if not self.crew.flying:
+                self.trials.start(self.folder / "trials" / f"{point.number:04d}", order)
+            if not self.trials.crew.flying:
                 return
             self._tell(search, resolved, baseline[0])
 
@@ -307,10 +282,10 @@ class _Run:
         assert self.goal is not None
         ranked, front = search.ranked(), search.front()
         old, state = read_decision(self.folder), {"done": search.done + search.checked, "pairs": self.config.study.confirm_pairs}
-        if old is not None and (_state(self.folder) == state or (self.crew.stopping and _state(self.folder))):
+        if old is not None and (_state(self.folder) == state or (self.trials.crew.stopping and _state(self.folder))):
             return old
         try:
-            if self.crew.stopping:
+            if self.trials.crew.stopping:
                 raise _Stopped
             (self.folder / "decision.json").unlink(missing_ok=True)
             pairs, seed = self.config.study.confirm_pairs, self.config.study.seed
@@ -329,7 +304,8 @@ class _Run:
         """What a study says that was stopped before its end: the baseline ships, and what was found waits for its confirmation."""
         assert self.goal is not None
         resolved, best = goals.resolve(self.goal, baseline[0].metrics), next(iter(search.ranked()), None)
-        found = f"best so far, not confirmed: {_trial_line(best, self._words(best.order), resolved, baseline[0])}" if best else "nothing better yet"
+        line = wording.trial_line(best, self._words(best.order), resolved, baseline[0]) if best else ""
+        found = f"best so far, not confirmed: {line}" if line else "nothing better yet"
         reason = f"stopped after {search.done} of {self.config.study.trials} trials; {found}; the same command goes on"
         return replace(confirm.unopposed(self.goal, baseline, search.front()), outcome="undecided", reason=reason)
 
@@ -340,10 +316,10 @@ class _Run:
         learnt.write(self.folder, self.spaces, self.goal)
         written = Path(self.config.paths.reports) / self.config.study.name
         report.write(self.folder, written)
-        if self.tracker and self.crew.stopping:
-            self.tracker.leave()
-        elif self.tracker:
-            self.tracker.finish(self.folder, written, shipped)
+        if self.trials.tracker and self.trials.crew.stopping:
+            self.trials.tracker.leave()
+        elif self.trials.tracker:
+            self.trials.tracker.finish(self.folder, written, shipped)
         return shipped
 
     def farewell(self, decision: Decision, shipped: Path) -> None:
@@ -358,11 +334,21 @@ class _Run:
             if said:
                 self.view.say(said)
         self.view.say(f"report: {Path(self.config.paths.reports) / self.config.study.name / 'index.html'}")
-        if self.tracker:
+        if self.trials.tracker:
             self.view.say("every trial in MLflow: make ui")
         self.view.say(last_line(decision, _short(shipped)))
 
     # -- single trials
+
+    def _must(self, record: TrialRecord) -> TrialRecord:
+        """The baseline's record. Raises what its user, or the machine, has to be told where it was not measured."""
+        record = study.complete(record, self.goal) if self.goal else record
+        if record.outcome is not Outcome.MEASURED:
+            assert record.measurement is not None
+            kind = UserError if record.outcome is Outcome.INFEASIBLE else MachineError
+            said = f"the baseline ({record.order.backend} with its defaults) cannot be measured: {record.measurement.reason}"
+            raise kind(f"{said} (see {record.folder / 'log.txt'})")
+        return record
 
     def _order(self, number: int, role: str, backend: str, settings: Settings) -> Order:
         assert self.checkpoint is not None
@@ -380,64 +366,22 @@ class _Run:
 
     def _tell(self, search: study.Search, goal: Goal, baseline: TrialRecord) -> TrialRecord:
         """The next trial that ends, told to the search, to MLflow and to whoever watches."""
-        record = search.tell(self._land())
-        self._track(record)
-        self.view.say(_trial_line(record, self._words(record.order), goal, baseline))
-        return record
-
-    def _start(self, folder: Path, order: Order) -> None:
-        """Begin one trial, in a fresh folder."""
-        beside = ", ".join(sorted(self.crew.flying))
-        self.view.doing(f"{'window' if order.role == 'confirm' else 'trial'} {folder.name} {order.backend}" + (f" beside {beside}" if beside else ""))
-        shutil.rmtree(folder, ignore_errors=True)
-        write_order(folder, order)
-        self.crew.start(folder, order.python)
-
-    def _land(self) -> TrialRecord:
-        """The next trial that ends; its folder is whole, whatever happened to the child."""
-        landed = self.crew.land()
-        if read_trial(landed.folder).measurement != landed.measurement:
-            write_json(landed.folder / "result.json", {**asdict(landed.measurement), "started": landed.started, "finished": time.time()})
-        record = read_trial(landed.folder)
-        if record.order.role != "confirm":
-            self.walls[record.number] = landed.seconds
-        return record
-
-    def _insist(self, folder: Path, order: Order, must: bool = False) -> TrialRecord:
-        """The trial in the folder if it was measured to this very order; else run it, again where it failed. `must`: raise when it cannot be."""
-        with suppress(UserError):
-            before = read_trial(folder)
-            if before.outcome is Outcome.MEASURED and _same(before.order, order):
-                return before
-        for _ in range(RETRIES):
-            self._start(folder, order)
-            record = self._land()
-            if record.outcome is not Outcome.FAILED:
-                break
-        self._track(record)
-        if must:
-            record = study.complete(record, self.goal) if self.goal else record
-        if must and record.outcome is not Outcome.MEASURED:
-            assert record.measurement is not None
-            kind = UserError if record.outcome is Outcome.INFEASIBLE else MachineError
-            raise kind(f"the baseline ({order.backend} with its defaults) cannot be measured: {record.measurement.reason} (see {folder / 'log.txt'})")
+        record = search.tell(self.trials.land())
+        self.trials.track(record)
+        self.view.say(wording.trial_line(record, self._words(record.order), goal, baseline))
         return record
 
     def _confirmation(self, index: int, trial: TrialRecord) -> TrialRecord:
-        if self.crew.stopping:
+        if self.trials.crew.stopping:
             raise _Stopped
         order = self._order(trial.number, "confirm", trial.order.backend, trial.order.settings)
-        return self._insist(self.folder / "confirm" / f"{index:02d}", order)
-
-    def _track(self, record: TrialRecord) -> None:
-        if self.tracker:
-            self.tracker.log_trial(record.folder)
+        return self.trials.insist(self.folder / "confirm" / f"{index:02d}", order)
 
     # -- what to say
 
     def _words(self, order: Order) -> str:
         space = self.spaces.get(order.backend)
-        return _point(order.backend, order.settings, space.point({}) if space else {})
+        return wording.point(order.backend, order.settings, space.point({}) if space else {})
 
     def _progress(self, search: study.Search, baseline: list[TrialRecord]) -> Progress:
         assert self.goal is not None
@@ -445,7 +389,7 @@ class _Run:
         resolved, records = goals.resolve(self.goal, baseline[0].metrics), search.finished
         kinds, ranked = [r.outcome for r in records], search.ranked()
         feasible = sum(r.outcome is Outcome.MEASURED and goals.feasible(resolved, r.metrics) for r in records)
-        flying = {int(name): seconds for name, seconds in self.crew.flying.items()}
+        flying = {int(name): seconds for name, seconds in self.trials.crew.flying.items()}
         return Progress(
             done=search.done,
             total=self.config.study.trials,
@@ -453,53 +397,9 @@ class _Run:
             broken=kinds.count(Outcome.MEASURED) - feasible,
             refused=kinds.count(Outcome.INFEASIBLE),
             failed=kinds.count(Outcome.FAILED),
-            best=_trial_line(ranked[0], self._words(ranked[0].order), resolved, baseline[0]) if ranked else "the baseline",
+            best=wording.trial_line(ranked[0], self._words(ranked[0].order), resolved, baseline[0]) if ranked else "the baseline",
             eta_s=self.budget.seconds_left(records, baseline, flying, self.launcher.slots, 2 * self.config.study.confirm_pairs),
         )
-
-    def _fixed(self) -> dict[str, str]:
-        tree = {name: value for name, value in asdict(self.config).items() if name != "command"}
-        flat = {name: value for name, value in _flat(tree).items() if not name.startswith(FREE)}
-        return {**flat, "engines": ", ".join(self.spaces)}
-
-
-def _unavailable(folder: Path, runs: Path, backends: Mapping[str, Any]) -> dict[str, str]:
-    """Engine -> why this machine cannot run it, empty when it can; asked in a child, because only children may import engines."""
-    ended = run_child(["pipeline.doctor", str(runs), json.dumps(backends)], folder, ENGINES_S)
-    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    if ended.returncode or not lines:
-        raise MachineError(f"the engines could not be listed (`python -m pipeline doctor`): {tail(folder)}")
-    findings = json.loads(lines[-1])
-    prefix = "engine "
-    return {f["name"].removeprefix(prefix): "" if f["ok"] else f["detail"] for f in findings if f["name"].startswith(prefix)}
-
-
-def _same(one: Order, other: Order) -> bool:
-    """Whether a trial answers an order; the folders of a confirmation are used by whichever candidate comes to it."""
-    return one == other
-
-
-def _trial_line(record: TrialRecord, words: str, goal: Goal, baseline: TrialRecord) -> str:
-    assert record.measurement is not None
-    head = f"trial {record.number:04d} {words}"
-    if record.outcome is not Outcome.MEASURED:
-        reason = record.measurement.reason.strip().splitlines()
-        return f"{head}: {record.outcome}, {reason[0][:160] if reason else 'no reason given'}"
-    if record.given_up:
-        return f"{head}: decided early, {record.measurement.reason}"
-    intervals = record.measurement.intervals
-    figures = ", ".join(f"{o.metric} {with_interval(record.metrics[o.metric], intervals.get(o.metric))}" for o in goal.objectives)
-    broken = gate.broken(goal, record.metrics)
-    verdict = f"beyond {'; '.join(broken)}" if broken else f"x{goals.improvement(goal, record.metrics, baseline.metrics):.3f}"
-    return f"{head}: {figures}, {verdict}" + (", decided early" if record.metrics.get("window/decided_early") else "")
-
-
-def _point(backend: str, settings: Settings, defaults: Settings) -> str:
-    """An engine and, in words, what of its settings differs from its defaults: other engines' say nothing about it."""
-    shown = {name.partition(".")[2]: value for name, value in settings.items() if defaults.get(name) != value}
-    if not shown:
-        return f"{backend}, its defaults"
-    return " ".join([backend, *(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items())])
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -520,10 +420,3 @@ def _write_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": str(value)}
-    return flat

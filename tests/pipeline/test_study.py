@@ -384,28 +384,6 @@ def test_two_objectives_give_a_front(tmp_path: Path) -> None:
     assert math.isclose(min(t.values[0] for t in bench.memory if t.values), 2.0)
 
 
-def test_one_process_a_study(tmp_path: Path) -> None:
-    with (
-        study.alone(tmp_path / "s"),
-        pytest.raises(UserError, match=r"study 's' is being run by process \d+; wait for it"),
-        study.alone(tmp_path / "s"),
-    ):
-        pass
-    with study.alone(tmp_path / "s"):  # free again
-        pass
-
-
-def test_resume_names_what_changed(tmp_path: Path) -> None:
-    then, now = ({"cpu": "a"}, {"workload.seed": "1"}), ({"cpu": "b"}, {"workload.seed": "2"})
-    study.check_resume(tmp_path, "auto", None, now)
-    study.check_resume(tmp_path, "auto", then, then)
-    study.check_resume(tmp_path, "force", then, now)
-    with pytest.raises(UserError, match=r"(?s)cpu: was a, is b\n  workload\.seed: was 1, is 2"):
-        study.check_resume(tmp_path, "auto", then, now)
-    with pytest.raises(UserError, match="holds a study already"):
-        study.check_resume(tmp_path, "never", then, then)
-
-
 def test_steps_and_magnitudes_are_kept(tmp_path: Path) -> None:
     nodes = (
         Int(name="engine.n", low=64, high=256, step=64, why="x"),

@@ -25,7 +25,8 @@ from pipeline.config import GoalConfig, TuneConfig
 from pipeline.contracts import Goal, Measurement, Objective, Outcome
 from pipeline.errors import MachineError, UserError
 from pipeline.records import Order, StudyFolder, TrialRecord, read_study, read_trial
-from pipeline.tune import _point, _trial_line, reconfirm, tune
+from pipeline.tune import reconfirm, tune
+from pipeline.wording import point, trial_line
 from search_spaces.space import Space
 from tests.pipeline.fake_study import Simulated, config, space
 
@@ -45,8 +46,8 @@ def with_study(settings: TuneConfig, **changes: object) -> TuneConfig:
 
 
 def test_a_point_is_told_by_what_its_engine_would_not_do_by_itself() -> None:
-    assert _point("vllm", {"engine.block_size": 16, "engine.graphs": True}, {"engine.block_size": 16, "engine.graphs": True}) == "vllm, its defaults"
-    assert _point("vllm", {"engine.block_size": 32, "serve.share": 0.5}, {"engine.block_size": 16}) == "vllm block_size=32 share=0.5"
+    assert point("vllm", {"engine.block_size": 16, "engine.graphs": True}, {"engine.block_size": 16, "engine.graphs": True}) == "vllm, its defaults"
+    assert point("vllm", {"engine.block_size": 32, "serve.share": 0.5}, {"engine.block_size": 16}) == "vllm block_size=32 share=0.5"
 
 
 def test_a_study_finds_the_known_optimum_and_ships_it(tmp_path: Path) -> None:
@@ -109,9 +110,9 @@ def test_a_trial_line_says_what_was_decided_early() -> None:
     order = Order(number=3, role="sampled", backend="fake", settings={}, checkpoint="", inputs="", cache="")
     metrics = {"latency_ms/p50": 4.0, "window/decided_early": 1.0, "window/given_up": 1.0}
     lost = TrialRecord(folder=Path(), order=order, measurement=Measurement(outcome=Outcome.MEASURED, metrics=metrics, reason="it cannot beat 2 ms"))
-    assert _trial_line(lost, "fake", goal, lost) == "trial 0003 fake: decided early, it cannot beat 2 ms"
+    assert trial_line(lost, "fake", goal, lost) == "trial 0003 fake: decided early, it cannot beat 2 ms"
     kept = replace(lost, measurement=Measurement(outcome=Outcome.MEASURED, metrics={**metrics, "window/given_up": 0.0}))
-    assert _trial_line(kept, "fake", goal, lost) == "trial 0003 fake: latency_ms/p50 4, x1.000, decided early"
+    assert trial_line(kept, "fake", goal, lost) == "trial 0003 fake: latency_ms/p50 4, x1.000, decided early"
 
 
 def test_a_warm_start_takes_over_settings_and_no_figure_and_a_misleading_one_decides_nothing(tmp_path: Path) -> None:
