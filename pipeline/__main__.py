@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.bench import EXPERIMENTS, about, experiment
 from pipeline.errors import AutotuneError, UserError
 
 if TYPE_CHECKING:
@@ -83,8 +84,7 @@ def tune(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Measure the engines at their defaults and the pinned settings, as a trial does."""
-    from pipeline.bench import EXPERIMENTS, experiment
+    """Measure the engines at their defaults and the pinned settings, as a trial does; `bench WORD` measures the tuner itself."""
     from pipeline.bench.engines import bench
     from pipeline.config import compose
     from pipeline.contracts import Outcome
@@ -211,7 +211,14 @@ def main(arguments: Sequence[str]) -> int:
         print(f"'{word}' is not a command\n\n{usage()}", file=sys.stderr)
         return 2
     if any(argument in ("-h", "--help") for argument in rest):
-        print(f"python -m pipeline {word}\n\n{door.__doc__}" + ("" if word in PLAIN else f"\n\n{overrides_help()}"))
+        if word == "bench" and rest[0] in EXPERIMENTS:
+            print(about(rest[0]))
+            return 0
+        print(
+            f"python -m pipeline {word}\n\n{door.__doc__}" + (f"\n\nWORD is {', '.join(EXPERIMENTS)}; bench WORD --help" if word == "bench" else "")
+        )
+        if word not in PLAIN:
+            print(f"\n{overrides_help()}")
         return 0
     try:
         return door(rest)

@@ -6,8 +6,10 @@ itself and returns the exit code; it needs no GPU and no data set unless its doc
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 EXPERIMENTS: tuple[str, ...] = ("record", "search", "sequential", "gate", "damage", "noise", "attribution", "failures", "faults", "scaling")
 """Words after `bench`, each a module of this folder."""
@@ -16,3 +18,8 @@ EXPERIMENTS: tuple[str, ...] = ("record", "search", "sequential", "gate", "damag
 def experiment(word: str, arguments: Sequence[str]) -> int:
     """Run one of EXPERIMENTS; its exit code."""
     return int(import_module(f"pipeline.bench.{word}").main(arguments))
+
+
+def about(word: str) -> str:
+    """What one of EXPERIMENTS says of itself; read, not imported."""
+    return ast.get_docstring(ast.parse((Path(__file__).parent / f"{word}.py").read_text(encoding="utf-8"))) or ""

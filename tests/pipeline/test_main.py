@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import artifact, doctor, interpreters
 from pipeline.__main__ import COMMANDS, PLAIN, main
+from pipeline.bench import EXPERIMENTS
 from pipeline.doctor import Finding
 
 
@@ -28,6 +29,13 @@ def test_help_names_the_overrides(name: str, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert (COMMANDS[name].__doc__ or "?") in shown
     assert ("backend=compiled|eager|fake|fused|onnxruntime|vllm" in shown and "trials: 12" in shown) != (name in PLAIN)
+
+
+@pytest.mark.parametrize("word", EXPERIMENTS)
+def test_every_experiment_says_what_it_is_and_is_in_the_readme(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", word, "--help"]) == 0
+    assert f"bench {word}" in capsys.readouterr().out
+    assert f"`bench {word}" in (Path(__file__).resolve().parents[2] / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
