@@ -214,9 +214,9 @@ def main(arguments: Sequence[str]) -> int:
         if word == "bench" and rest[0] in EXPERIMENTS:
             print(about(rest[0]))
             return 0
-        print(
-            f"python -m pipeline {word}\n\n{door.__doc__}" + (f"\n\nWORD is {', '.join(EXPERIMENTS)}; bench WORD --help" if word == "bench" else "")
-        )
+        print(f"python -m pipeline {word}\n\n{door.__doc__}")
+        if word == "bench":
+            print(f"\nWORD is {', '.join(EXPERIMENTS)}; bench WORD --help says what each does")
         if word not in PLAIN:
             print(f"\n{overrides_help()}")
         return 0
