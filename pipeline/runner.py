@@ -86,14 +86,15 @@ def run_child(
     marker = uuid.uuid4().hex
     began, kernel_kills = time.monotonic(), _kernel_kills()
     with (folder / "log.txt").open("wb") as log, (folder / "log.txt").open("rb") as written, _watchdog(marker) as announce:
-        child = subprocess.Popen(
-            [python or sys.executable, "-m", *module_args],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=_environment(marker, env),
-        )
+        with _deaf_to_ctrl_c():
+            child = subprocess.Popen(
+                [python or sys.executable, "-m", *module_args],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=_environment(marker, env),
+            )
         tree = _Tree(child.pid)
         try:
             announce(child.pid)
@@ -265,10 +266,21 @@ def _kernel_kills() -> int:
 
 
 @contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """What is started within never hears a Ctrl-C: not in the moment before it has a session of its own, in which it would die of it, and not after."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def _watchdog(marker: str) -> Iterator[Callable[[int], None]]:
     """A shell that kills the child when this process dies. Yields the function that tells it the child's group."""
     command = ["/bin/sh", "-c", _WATCHDOG, "watchdog", f"{MARKER}={marker}"]
-    shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    with _deaf_to_ctrl_c():
+        shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     assert shell.stdin is not None
     try:
         pipe = shell.stdin

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def test_a_child_finds_this_project_and_nothing_of_the_place_it_is_run_from(modu
     lines: list[str] = []
     assert run_child(["see"], module / "t", 30, on_line=lines.append, env={"EXTRA": "7"}).returncode == 0
     assert lines == ["True 7 True"]
+
+
+def test_a_child_never_hears_a_ctrl_c_and_this_process_does_again(module: Path) -> None:
+    """One that is pressed while a child starts reaches it before it has a session of its own."""
+    (module / "deaf.py").write_text("import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))")
+    lines: list[str] = []
+    assert run_child(["deaf"], module / "t", 30, on_line=lines.append).returncode == 0
+    assert lines == ["True"]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_peak_memory_is_that_of_the_whole_tree(module: Path) -> None:
