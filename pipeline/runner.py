@@ -267,7 +267,7 @@ def _kernel_kills() -> int:
 
 @contextlib.contextmanager
 def _deaf_to_ctrl_c() -> Iterator[None]:
-    """What is started within never hears a Ctrl-C: not in the moment before it has a session of its own, in which it would die of it, and not after."""
+    """What is started within never hears a Ctrl-C, in the moment before it has a session of its own as little as afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
