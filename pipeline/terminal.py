@@ -38,7 +38,7 @@ SHOWN = (
     "gpu_memory_mib/held",
     "window/history_found_share",
 )
-ACCURACY = ("auc/", "gauc/", "auc_loss_upper/", "gauc_loss_upper/", "calibration_drift/")
+ACCURACY = ("auc/", "gauc/", "auc_loss_upper/", "gauc_loss_upper/")
 """Rows of the result table, beside the objective."""
 
 

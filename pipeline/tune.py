@@ -397,7 +397,7 @@ class _Run:
             broken=kinds.count(Outcome.MEASURED) - feasible,
             refused=kinds.count(Outcome.INFEASIBLE),
             failed=kinds.count(Outcome.FAILED),
-            best=wording.trial_line(ranked[0], self._words(ranked[0].order), resolved, baseline[0]) if ranked else "the baseline",
+            best=wording.best_line(ranked, self._words(ranked[0].order) if ranked else "", resolved, baseline[0]),
             eta_s=self.budget.seconds_left(records, baseline, flying, self.launcher.slots, 2 * self.config.study.confirm_pairs),
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline import gate, goals
 from pipeline.contracts import Goal, Outcome, Settings
 from pipeline.records import TrialRecord
@@ -30,3 +32,12 @@ def trial_line(record: TrialRecord, words: str, goal: Goal, baseline: TrialRecor
     broken = gate.broken(goal, record.metrics)
     verdict = f"beyond {'; '.join(broken)}" if broken else f"x{goals.improvement(goal, record.metrics, baseline.metrics):.3f}"
     return f"{head}: {figures}, {verdict}" + (", decided early" if record.metrics.get("window/decided_early") else "")
+
+
+def best_line(ranked: Sequence[TrialRecord], words: str, goal: Goal, baseline: TrialRecord) -> str:
+    """The first of `ranked`, whose settings are `words`; and which trial had the best window, where a model ranks them and does not believe it."""
+    if not ranked:
+        return "the baseline"
+    luckiest = max(ranked, key=lambda record: goals.improvement(goal, record.metrics, baseline.metrics))
+    line = trial_line(ranked[0], words, goal, baseline)
+    return line if luckiest is ranked[0] else f"{line} (trial {luckiest.number:04d} had the best window, which the model takes for luck)"

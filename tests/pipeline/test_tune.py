@@ -26,7 +26,7 @@ from pipeline.contracts import Goal, Measurement, Objective, Outcome
 from pipeline.errors import MachineError, UserError
 from pipeline.records import Order, StudyFolder, TrialRecord, read_study, read_trial
 from pipeline.tune import reconfirm, tune
-from pipeline.wording import point, trial_line
+from pipeline.wording import best_line, point, trial_line
 from search_spaces.space import Space
 from tests.pipeline.fake_study import Simulated, config, space
 
@@ -138,6 +138,17 @@ def test_a_warm_start_takes_over_settings_and_no_figure_and_a_misleading_one_dec
     assert f"did well in {misleading.folder}" in (tmp_path / "reports" / "later" / "report.md").read_text()
     with pytest.raises(UserError, match=r"study\.warm_start=.*is no study's folder"):
         run(with_study(config(tmp_path, "third"), warm_start=str(tmp_path)))
+
+
+def test_the_best_so_far_says_so_where_another_had_the_better_window() -> None:
+    def measured(number: int, p50: float) -> TrialRecord:
+        order = Order(number=number, role="sampled", backend="fake", settings={}, checkpoint="", inputs="", cache="")
+        return TrialRecord(folder=Path(), order=order, measurement=Measurement(outcome=Outcome.MEASURED, metrics={"latency_ms/p50": p50}))
+
+    goal, baseline = Goal(objectives=(Objective(metric="latency_ms/p50"),)), measured(0, 10.0)
+    assert best_line([], "", goal, baseline) == "the baseline"
+    assert best_line([measured(2, 4.0), measured(3, 5.0)], "fake", goal, baseline) == "trial 0002 fake: latency_ms/p50 4, x2.500"
+    assert "(trial 0003 had the best window" in best_line([measured(2, 4.0), measured(3, 3.0)], "fake", goal, baseline)
 
 
 def test_nothing_better_ends_honestly_and_ships_the_baseline(tmp_path: Path) -> None:
