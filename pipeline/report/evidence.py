@@ -39,14 +39,15 @@ def accuracy(study: StudyFolder) -> list[Block]:
             # A loss is reference minus engine, so the reference is the engine plus its loss.
             reference = base.metrics.get(metric, math.nan) + base.metrics.get(f"{kind}_loss/{head}", math.nan)
             found = judged.get((kind, head))
-            verdict = (*_bounds_of(found), found.verdict) if found else ("", "", "")
-            rows.append((head, kind.upper(), _fine(reference), _own(base, metric), _own(chosen, metric), *verdict))
+            verdict = (found.verdict, *_bounds_of(found)) if found else ("", "", "")
+            rows.append((head, kind.upper(), *verdict, _own(chosen, metric), _own(base, metric), _fine(reference)))
             if found:
                 losses.append((f"{kind.upper()}, {head}", found.loss, (found.lower, found.upper)))
     if not rows:
         return []
-    header = ("head", "metric", "reference", "baseline", "chosen engine", "loss (90 % interval)", "margin", "gate")
-    blocks: list[Block] = [Table(header=header, rows=tuple(rows), left=2)]
+    # The verdict first: the table is wider than the page.
+    header = ("head", "metric", "gate", "loss (90 % interval)", "margin", "chosen engine", "baseline", "reference")
+    blocks: list[Block] = [Table(header=header, rows=tuple(rows), left=3)]
     limits = {found.margin for found in judged.values()}
     if losses and len(limits) == 1 and (drawn := figures.forest(losses, "loss against the reference", limit=limits.pop(), zero=True)):
         blocks.append(Drawing(name="accuracy", svg=drawn, caption="How much each head loses against the fp32 reference, with one-sided 95 % bounds."))
