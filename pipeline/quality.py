@@ -143,7 +143,8 @@ def check_scores(metrics: Mapping[str, float], settings: Settings) -> None:
     if worst > limit and (precision in EXACT or worst > OUTLIER * median):
         raise SettingsError(
             f"scores of the quality set differ by up to {worst:.2g} from the reference, in the median request by {median:.2g}; "
-            f"at most {limit:g} may be in {precision}: the engine computes something else for some requests"
+            f"at most {limit:g} may be in {precision}: the engine computes something else for some requests",
+            "wrong",
         )
 
 

@@ -261,7 +261,7 @@ _SAID: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("too_slow", ("took longer than",)),
     ("crashed", ("crashed twice alike",)),
     ("ignored_knob", ("does not run as asked",)),
-    ("wrong", ("finite scores", "parity sample differ")),
+    ("wrong", ("finite scores", "parity sample differ", "quality set differ")),
     ("out_of_memory", (*MEMORY_WORDS, "more memory than", "no memory for")),
 )
 

@@ -14,6 +14,7 @@ from pipeline import gate
 from pipeline.bench import damage
 from pipeline.bench.damage import Verdict
 from pipeline.contracts import HEADS, LabelledRequest, Scores
+from pipeline.errors import SettingsError
 from pipeline.quality import check_scores
 from tests.factories import SCHEMA, random_request
 from tests.model.lively import lively_model
@@ -79,8 +80,9 @@ def test_one_damaged_row_is_an_outlier_even_to_an_engine_that_rounds(found: dict
 def test_scores_that_a_precision_does_not_explain(precision: str, worst: float, median: float, refused: bool) -> None:
     check = partial(check_scores, {"score_diff/max": worst, "score_diff/p50": median}, {"build.precision": precision})
     if refused:
-        with pytest.raises(Exception, match=f"computes something else for some requests|in {precision}"):
+        with pytest.raises(SettingsError, match=f"in {precision}: the engine computes something else for some requests") as told:
             check()
+        assert told.value.kind == "wrong"
     else:
         check()
 

@@ -136,6 +136,7 @@ def test_messages_name_the_file(tmp_path: Path) -> None:
         ("crashed twice alike, by SIGSEGV in phase 'load', so these settings crash the engine", "crashed"),
         ("fake does not run as asked: engine.threads was asked to be 2 and is 1", "ignored_knob"),
         ("scores of the parity sample differ by up to 0.4 from the reference, at most 0.01 may be", "wrong"),
+        ("scores of the quality set differ by up to 0.4 from the reference, in the median request by 1e-06", "wrong"),
         ("[ONNXRuntimeError] NOT_IMPLEMENTED : no kernel for DynamicQuantizeMatMul(1)", "refused"),
     ],
 )
