@@ -21,7 +21,7 @@ from pipeline import goals, optuna_space, surrogate
 from pipeline.contracts import Goal, Outcome, Settings
 from pipeline.records import Figure, TrialRecord
 from pipeline.surrogate import Coder, Place, Process
-from search_spaces.space import Choice, Knob, Space, Value
+from search_spaces.space import Knob, Space, Value, legal_value
 
 FloatArray = NDArray[np.float64]
 ENGINE = "engine"
@@ -82,13 +82,13 @@ class Model:
 
     def __init__(self, spaces: Mapping[str, Space], goal: Goal, trials: Sequence[TrialRecord]) -> None:
         """`goal` is resolved; the first measured trial is the baseline."""
-        measured = [t for t in trials if t.outcome is Outcome.MEASURED and not goals.missing(goal, t.metrics)]
+        measured = complete(goal, trials)
         gains = np.log([goals.improvement(goal, t.metrics, measured[0].metrics) for t in measured])
         middle, best = float(np.median(gains)), float(gains.max())
         # How bad the worst are says nothing about what made the best, and would be all that the scale is about.
         gains = np.maximum(gains, min(0.0, middle) - 2 * (best - min(0.0, middle)) - 1e-6)
         self.count, self._coder = len(measured), Coder(spaces)
-        rows = self._coder.rows([(t.order.backend, t.order.settings) for t in measured])
+        rows = self._coder.rows([t.order.point for t in measured])
         self._process = surrogate.fit(rows, gains, self._coder.categorical)
         self._likely = [Process(rows, gains, self._coder.categorical, p) for p in drawn(self._process, gains)]
 
@@ -142,14 +142,19 @@ def drawn(process: Process, gains: FloatArray, seed: int = 0) -> list[FloatArray
     return kept
 
 
+def complete(goal: Goal, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The measured trials that have every figure of the goal."""
+    return [t for t in trials if t.outcome is Outcome.MEASURED and not goals.missing(goal, t.metrics)]
+
+
 def attribute(spaces: Mapping[str, Space], goal: Goal, trials: Sequence[TrialRecord], winner: TrialRecord) -> Attribution | None:
     """None where too little was measured, or the winner is the baseline."""
-    measured = [t for t in trials if t.outcome is Outcome.MEASURED and not goals.missing(goal, t.metrics)]
+    measured = complete(goal, trials)
     if len(measured) < LEAST or winner.order.candidate == measured[0].order.candidate:
         return None
     model = Model(spaces, goal, trials)
-    start, end = _place(measured[0]), _place(winner)
-    players = grouped(spaces, start, end, lambda places: model.mean(places))
+    start, end = measured[0].order.point, winner.order.point
+    players = grouped(spaces, start, end, model.mean)
     functions = model.functions(corners(spaces, start, end, players))
     effects = shapley(len(players)) @ functions.T
     factors = [Factor(knob=_name(group), **_words(group, start, end), effect=_figure(logs)) for group, logs in zip(players, effects, strict=True)]
@@ -176,25 +181,15 @@ def corner(spaces: Mapping[str, Space], start: Place, end: Place, taken: frozens
 
     def pick(knob: Knob) -> Value:
         free = knob.name not in players  # exists at one end only, or is the same at both
-        first, second = (end[1], base) if knob.name in taken or (free and knob.name not in base) else (base, end[1])
-        for source in (first, second, space.defaults):
-            if knob.name in source and knob.allows(source[knob.name]):
-                return source[knob.name]
-        return _first(knob)
+        sources = (end[1], base) if knob.name in taken or (free and knob.name not in base) else (base, end[1])
+        return legal_value(knob, *sources, space.defaults)
 
     return backend, space.draw(pick)
 
 
 def laid(space: Space, settings: Settings) -> dict[str, Value]:
     """The engine's defaults with what `settings` of another engine say under the same names, where that is legal here."""
-
-    def pick(knob: Knob) -> Value:
-        for source in (settings, space.defaults):
-            if knob.name in source and knob.allows(source[knob.name]):
-                return source[knob.name]
-        return _first(knob)
-
-    return space.draw(pick)
+    return space.draw(lambda knob: legal_value(knob, settings, space.defaults))
 
 
 def grouped(spaces: Mapping[str, Space], start: Place, end: Place, mean: Callable[[Sequence[Place]], FloatArray]) -> list[tuple[str, ...]]:
@@ -282,10 +277,6 @@ def variance_shares(space: Space, points: Sequence[Settings], functions: FloatAr
     return found
 
 
-def _place(trial: TrialRecord) -> Place:
-    return trial.order.backend, trial.order.settings
-
-
 def _figure(logs: FloatArray) -> Figure:
     low, high = np.exp(np.percentile(logs, [2.5, 97.5]))
     return Figure(value=math.exp(float(logs.mean())), low=float(low), high=float(high))
@@ -306,7 +297,3 @@ def _words(group: tuple[str, ...], start: Place, end: Place) -> dict[str, str]:
 
 def _text(value: Value | None) -> str:
     return "its default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _first(knob: Knob) -> Value:
-    return knob.options[0] if isinstance(knob, Choice) else knob.low

@@ -121,7 +121,7 @@ class Refusals:
         signs = np.array([1.0 if r.outcome is Outcome.INFEASIBLE else -1.0 for r in known])
         if not len(signs) or (signs > 0).all() or (signs < 0).all():
             return None
-        rows = self._coder.rows([(r.order.backend, r.order.settings) for r in known])
+        rows = self._coder.rows([r.order.point for r in known])
         process = surrogate.fit(rows, signs, self._coder.categorical, self._start)
         self._start = process.parameters
         mean, spread = process.predict(self._coder.rows(places))
@@ -134,7 +134,7 @@ def foreseen(spaces: Mapping[str, Space], trials: Sequence[TrialRecord]) -> Fore
     model, asked, refused, predicted, right = Refusals(spaces), 0, 0, 0, 0
     done = [t for t in trials if t.outcome in (Outcome.MEASURED, Outcome.INFEASIBLE)]
     for i, trial in enumerate(done):
-        chance = model.chance(done[:i], [(trial.order.backend, trial.order.settings)])
+        chance = model.chance(done[:i], [trial.order.point])
         if chance is None:
             continue
         said, was = chance[0] > 0.5, trial.outcome is Outcome.INFEASIBLE
@@ -149,7 +149,7 @@ def memory(spaces: Mapping[str, Space], told: Sequence[TrialRecord], places: Seq
     if len(measured) < 3 or not metric:
         return None
     coder = Coder(spaces)
-    rows = coder.rows([(r.order.backend, r.order.settings) for r in measured])
+    rows = coder.rows([r.order.point for r in measured])
     process = surrogate.fit(rows, np.log([r.metrics[metric] for r in measured]), coder.categorical)
     mean, spread = process.predict(coder.rows(places))
     return np.exp(mean), np.exp(mean + SURE * spread)

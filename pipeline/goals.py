@@ -45,11 +45,16 @@ def goal_from(config: GoalConfig, heads: Sequence[str]) -> Goal:
         raise UserError(f"goal.accuracy_margin is a loss of AUC from 0 (no gate) to below 0.5, got {config.accuracy_margin}; the default is 5e-4")
     bounds = [Bound(metric=b.metric, limit=b.limit, at_least=b.at_least, relative=b.relative) for b in config.bounds]
     if config.accuracy_margin:
-        bounds += [Bound(metric=f"{kind}_loss_upper/{head}", limit=config.accuracy_margin) for head in heads for kind in ("auc", "gauc")]
+        bounds += accuracy_bounds(heads, config.accuracy_margin)
     for bound in bounds:
         _check_bound(bound, heads)
     _check_contradiction(bounds)
     return Goal(objectives=objectives, bounds=tuple(bounds))
+
+
+def accuracy_bounds(heads: Iterable[str], margin: float) -> list[Bound]:
+    """What the accuracy gate asks of each head."""
+    return [Bound(metric=f"{kind}_loss_upper/{head}", limit=margin) for head in heads for kind in ("auc", "gauc")]
 
 
 def known_metrics(heads: Iterable[str]) -> tuple[str, ...]:

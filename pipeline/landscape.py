@@ -120,6 +120,11 @@ def read(folder: Path) -> Landscape:
         raise UserError(f"{folder} holds no readable landscape ({error}); `python -m pipeline bench record` makes one") from error
 
 
+def engine(backend: str, settings: Settings) -> str:
+    """Names the built engine: points that differ in nothing that is built share it."""
+    return key(backend, {name: value for name, value in settings.items() if name.split(".")[0] in ("quant", "build")})
+
+
 def key(backend: str, settings: Settings) -> str:
     """Names a point; True and 1 are two values."""
     return json.dumps([backend, sorted(settings.items())])

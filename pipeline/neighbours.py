@@ -57,7 +57,7 @@ def checks(spaces: Mapping[str, Space], goal: Goal, trials: Sequence[TrialRecord
     for trial in trials:
         if trial.outcome not in (Outcome.MEASURED, Outcome.INFEASIBLE) or trial.order.role in ("noise", "confirm"):
             continue
-        knob = one_away(_place(winner), _place(trial), space)
+        knob = one_away(winner.order.point, trial.order.point, space)
         if knob:
             found.append(_compared(goal, winner, trial, knob, spread))
     order = [k.name for k in space.knobs]
@@ -70,12 +70,12 @@ def wanted(spaces: Mapping[str, Space], goal: Goal, trials: Sequence[TrialRecord
     Of a knob that differs from the baseline's the other value is the baseline's; of any other the one that looks best.
     """
     space = spaces.get(winner.order.backend)
-    measured = [t for t in trials if t.outcome is Outcome.MEASURED and not goals.missing(goal, t.metrics)]
+    measured = attribution.complete(goal, trials)
     if space is None or count < 1 or len(measured) < 2:
         return []
     model = attribution.Model(spaces, goal, trials)
-    end, start = _place(winner), _place(measured[0])
-    taken = {one_away(end, _place(t), space) for t in trials if t.outcome in (Outcome.MEASURED, Outcome.INFEASIBLE)}
+    end, start = winner.order.point, measured[0].order.point
+    taken = {one_away(end, t.order.point, space) for t in trials if t.outcome in (Outcome.MEASURED, Outcome.INFEASIBLE)}
     options: dict[str, list[Settings]] = {}
     for settings in surrogate.neighbours(space, end[1]):
         knob = one_away(end, (end[0], settings), space)
@@ -126,7 +126,3 @@ def _inside(goal: Goal, trial: TrialRecord) -> float:
     assert trial.measurement is not None
     pairs = [trial.measurement.intervals.get(o.metric, (1.0, 1.0)) for o in goal.objectives]
     return max(math.log(high / low) / (2 * 1.96) if low > 0 else 0.0 for low, high in pairs)
-
-
-def _place(trial: TrialRecord) -> Place:
-    return trial.order.backend, trial.order.settings

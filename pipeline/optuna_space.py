@@ -11,7 +11,7 @@ from optuna.trial import Trial
 
 from pipeline.contracts import Settings
 from search_spaces.common import SERVE
-from search_spaces.space import Choice, Int, Knob, Space, Value
+from search_spaces.space import Choice, Int, Knob, Space, Value, first
 
 BACKEND = "backend"
 
@@ -44,7 +44,7 @@ def params(spaces: Mapping[str, Space], backend: str, settings: Settings) -> dic
         value: Value = settings.get(knob.name, "")
         if not knob.allows(value):
             outside = True
-            return knob.options[0] if isinstance(knob, Choice) else knob.low
+            return first(knob)
         found[parameter(backend, knob)] = value, distribution(knob)
         return value
 

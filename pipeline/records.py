@@ -54,6 +54,11 @@ class Order:
     """What the trial may end early for (`goals.decide`): limits, and the figures to beat. Empty means: measure all of it."""
 
     @property
+    def point(self) -> tuple[str, Settings]:
+        """The engine and its settings."""
+        return self.backend, self.settings
+
+    @property
     def candidate(self) -> Candidate:
         """The point of the search."""
         return Candidate(backend=self.backend, settings=dict(self.settings))

@@ -25,16 +25,17 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.storages import InMemoryStorage
 
-from pipeline import goals, landscape, study
+from pipeline import confirm, goals, landscape, study
 from pipeline.config import GoalConfig, StudyConfig
+from pipeline.confirm import LATENCY
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
 from pipeline.landscape import Landscape, Record
 from pipeline.records import Order, TrialRecord
 from pipeline.surrogate import Coder
-from search_spaces.space import Space, Value
+from search_spaces.space import Space, Value, default_point
 
 FloatArray = NDArray[np.float64]
-PERCENTILES = {"latency_ms/p50": 50.0, "latency_ms/p90": 90.0, "latency_ms/p95": 95.0, "latency_ms/p99": 99.0}
+PERCENTILES = {f"{LATENCY}{name}": share for name, share in confirm.PERCENTILES.items()}
 TAIL = "latency_ms/p99"
 SHRUNK = (TAIL, "throughput_rps/peak")
 """Metrics that a goal may be about and that vary between windows; other percentiles go with p99."""
@@ -232,6 +233,14 @@ class Engine:
         self._rng = np.random.default_rng([seed, 77])
         self._built: set[str] = set()
 
+    def baseline(self) -> Played:
+        """The first engine with its defaults, again where it failed: a study insists on its baseline."""
+        place = default_point(self.world.spaces)
+        record = self.trial(0, "baseline", *place)
+        while record.outcome is Outcome.FAILED:
+            record = self.trial(0, "baseline", *place)
+        return record
+
     def trial(self, number: int, role: str, backend: str, settings: Settings) -> Played:
         """What a trial's folder would hold."""
         record = self.world.play(backend, settings, self._rng)
@@ -250,8 +259,7 @@ class Engine:
 
 def goal_of(world: World, objectives: Sequence[str] = ()) -> Goal:
     """The world's first objective, or those given, with the accuracy gate of the heads that its metrics name. Resolved: all limits are absolute."""
-    backend, space = next(iter(world.spaces.items()))
-    known = world.truth(backend, space.point({}))
+    known = world.truth(*default_point(world.spaces))
     heads = [name.partition("/")[2] for name in known if name.startswith("auc_loss_upper/")]
     gated = all(f"gauc_loss_upper/{head}" in known for head in heads) and bool(heads)
     config = GoalConfig(objectives=list(objectives or world.objectives[:1]), accuracy_margin=GoalConfig().accuracy_margin if gated else 0.0)
@@ -264,8 +272,7 @@ class Reference:
     def __init__(self, world: World, goal: Goal | None = None) -> None:
         """`goal` is resolved, and `goal_of(world)` where none is given. Looks at every point."""
         self.world, self.goal = world, goal or goal_of(world)
-        backend, space = next(iter(world.spaces.items()))
-        self.baseline = world.truth(backend, space.point({}))
+        self.baseline = world.truth(*default_point(world.spaces))
         truths = {landscape.key(*point): world.truth(*point) for point in world.points()}
         self.feasible = {name: metrics for name, metrics in truths.items() if metrics and goals.feasible(self.goal, metrics)}
         self.best = max(self.feasible, key=lambda name: goals.improvement(self.goal, self.feasible[name], self.baseline))
@@ -303,19 +310,16 @@ def search(
     `sampler` replaces the configured one by any that `samplers` makes, `hints` are what a warm start would try.
     """
     engine = Engine(world, config.seed)
-    backend, space = next(iter(world.spaces.items()))
-    baseline = engine.trial(0, "baseline", backend, space.point({}))
-    while baseline.outcome is Outcome.FAILED:  # a study insists on its baseline
-        baseline = engine.trial(0, "baseline", backend, space.point({}))
-    windows = [baseline, *(engine.trial(i + 1, "noise", backend, baseline.order.settings) for i in range(config.noise_windows))]
+    baseline = engine.baseline()
+    windows = [baseline, *(engine.trial(i + 1, "noise", *default_point(world.spaces)) for i in range(config.noise_windows))]
     running = study.Search(Path(), world.spaces, reference.goal, config, windows, InMemoryStorage(), sampler, hints)
-    start = best = reference.regret(backend, baseline.order.settings)
+    start = best = reference.regret(*default_point(world.spaces))
     yield Step(seconds=engine.seconds, regret=start, best=best, record=baseline)
     while running.done < config.trials and not running.stop_reason() and (point := running.ask()):
         record = engine.trial(point.number, point.role, point.backend, point.settings)
         running.tell(record)
         ranked = running.ranked()
-        chosen = reference.regret(ranked[0].order.backend, ranked[0].order.settings) if ranked else start
+        chosen = reference.regret(*ranked[0].order.point) if ranked else start
         if record.outcome is Outcome.MEASURED:
             best = min(best, reference.regret(point.backend, point.settings))
         yield Step(seconds=engine.seconds, regret=chosen, best=best, record=record)

@@ -131,6 +131,8 @@ class Search:
         self._folder, self._spaces, self._goal, self._config = folder, dict(spaces), goal, config
         self._records = {record.number: record for record in trials}
         self._failed: list[bool] = []
+        # Until the next record: ranking may fit a model, and is asked for whenever somebody looks.
+        self._ranked: list[TrialRecord] | None = None
         self._asked: dict[int, tuple[Point, Trial | None]] = {}
         # None: the sampler did not ask for it.
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -190,6 +192,7 @@ class Search:
         record = complete(record, self._goal)
         assert record.measurement is not None
         self._records[record.number] = record
+        self._ranked = None
         self._failed.append(record.outcome is Outcome.FAILED)
         if trial is not None:
             self._pass_on(trial, record.measurement)
@@ -234,6 +237,11 @@ class Search:
 
         Best by the figure, or by what our own sampler's model makes of it and its neighbours: the first of many figures is the luckiest.
         """
+        if self._ranked is None:
+            self._ranked = self._rank()
+        return list(self._ranked)
+
+    def _rank(self) -> list[TrialRecord]:
         baseline = self._records[0].metrics
         least = 1.0 if goals.feasible(self._goal, baseline) else 0.0
         found = [r for r in self.measured() if not r.given_up]
@@ -305,7 +313,7 @@ class Search:
 
     def _add(self, record: TrialRecord) -> None:
         """Tell a finished trial that Optuna never asked for, or forgot."""
-        params = optuna_space.params(self._spaces, record.order.backend, record.order.settings)
+        params = optuna_space.params(self._spaces, *record.order.point)
         if params is None or record.measurement is None:
             return
         measured = record.outcome is Outcome.MEASURED

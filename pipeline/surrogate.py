@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pipeline import goals, landscape, optuna_space
 from pipeline.contracts import Goal, Outcome, Settings
 from pipeline.records import TrialRecord
-from search_spaces.space import Choice, Float, Knob, Space, Value
+from search_spaces.space import Choice, Float, Knob, Space, Value, legal_value
 
 FloatArray = NDArray[np.float64]
 Place = tuple[str, Settings]
@@ -56,7 +56,7 @@ class Bayes:
     def propose(self, records: Sequence[TrialRecord], pending: Sequence[Place] = ()) -> Place:
         """The point to measure after `records`, while `pending` are under way. May repeat one where nothing new is found."""
         told = [r for r in records if r.outcome in (Outcome.MEASURED, Outcome.INFEASIBLE)]
-        taken = {landscape.key(*place) for place in (*((r.order.backend, r.order.settings) for r in records), *pending)}
+        taken = {landscape.key(*place) for place in (*(r.order.point for r in records), *pending)}
         measured = [r for r in told if r.outcome is Outcome.MEASURED]
         if not measured:
             return self._draw()
@@ -85,7 +85,7 @@ class Bayes:
         middle = float(np.median(figures))
         figures = np.minimum(figures, middle + 2 * (middle - float(figures.min())) + 1e-6)  # how bad the worst are says nothing
         allowed = np.array([goals.feasible(self._goal, r.metrics) for r in measured])
-        rows = self._coder.rows([(r.order.backend, r.order.settings) for r in measured])
+        rows = self._coder.rows([r.order.point for r in measured])
         process = self._fitted("objective", rows, figures, allowed)
         if not pending:
             return process
@@ -104,7 +104,7 @@ class Bayes:
         ).clip(-1.0, 1.0)
         if (over <= 0).all() or (over > 0).all():
             return np.zeros(len(rows))
-        places = self._coder.rows([(r.order.backend, r.order.settings) for r in told])
+        places = self._coder.rows([r.order.point for r in told])
         mean, spread = self._fitted("allowed", places, over).predict(rows)
         chance: FloatArray = log_ndtr(-mean / spread)
         return chance
@@ -114,13 +114,13 @@ class Bayes:
         built: set[str] = set()
         spent: dict[tuple[str, bool], list[float]] = {}
         for record in told:
-            name = _engine(record.order.backend, record.order.settings)
+            name = landscape.engine(*record.order.point)
             assert record.measurement is not None
             spent.setdefault((record.order.backend, name in built), []).append(record.measurement.seconds)
             built.add(name)
         usual = float(np.mean([s for seconds in spent.values() for s in seconds])) or 1.0
         means = {what: max(float(np.mean(seconds)), 1e-3 * usual) for what, seconds in spent.items()}
-        groups = [(backend, _engine(backend, settings) in built) for backend, settings in candidates]
+        groups = [(backend, landscape.engine(backend, settings) in built) for backend, settings in candidates]
         return np.array([means.get(group, means.get((group[0], not group[1]), usual)) for group in groups])
 
     def _fitted(self, what: str, rows: FloatArray, figures: FloatArray, allowed: NDArray[np.bool_] | None = None) -> Process:
@@ -131,7 +131,7 @@ class Bayes:
     def _best(self, measured: Sequence[TrialRecord]) -> list[Place]:
         kept = [r for r in measured if goals.feasible(self._goal, r.metrics)] or list(measured)
         kept.sort(key=lambda r: -goals.improvement(self._goal, r.metrics, measured[0].metrics))
-        return [(r.order.backend, r.order.settings) for r in kept[:NEIGHBOURS_OF]]
+        return [r.order.point for r in kept[:NEIGHBOURS_OF]]
 
     def _candidates(self, best: Sequence[Place], taken: set[str]) -> list[Place]:
         """Points that were not measured: random ones of every engine in random order, then neighbours."""
@@ -278,8 +278,8 @@ def neighbours(space: Space, settings: Settings) -> Iterator[dict[str, Value]]:
         if changed.name in space.pinned:
             continue
         for value in _others(changed, settings.get(changed.name)):
-            wanted = {**space.defaults, **settings, changed.name: value}
-            yield space.draw(lambda knob, w=wanted: w[knob.name] if knob.name in w and knob.allows(w[knob.name]) else _first(knob))  # type: ignore[misc]
+            wanted = {**settings, changed.name: value}
+            yield space.draw(lambda knob, w=wanted: legal_value(knob, w, space.defaults))  # type: ignore[misc]
 
 
 def _others(knob: Knob, value: object) -> list[Value]:
@@ -293,10 +293,6 @@ def _others(knob: Knob, value: object) -> list[Value]:
     near = [value * 2, value // 2] if knob.log else []
     places = [*near, *(value + knob.step * by for by in (-4, -1, 1, 4)), knob.low, knob.high]
     return [int(v) for v in dict.fromkeys(places) if knob.allows(v) and v != value]
-
-
-def _first(knob: Knob) -> Value:
-    return knob.options[0] if isinstance(knob, Choice) else knob.low
 
 
 def _few(space: Space, limit: int) -> list[dict[str, Value]]:
@@ -321,11 +317,6 @@ def _place(knob: Knob, value: Value) -> float:
         return 0.5
     scale = math.log if knob.log else float
     return (scale(float(value)) - scale(knob.low)) / (scale(knob.high) - scale(knob.low))
-
-
-def _engine(backend: str, settings: Settings) -> str:
-    """Names the built engine; points of the same one share its build."""
-    return landscape.key(backend, {name: value for name, value in settings.items() if name.split(".")[0] in ("quant", "build")})
 
 
 def _distances(rows: FloatArray, others: FloatArray, categorical: NDArray[np.bool_]) -> FloatArray:

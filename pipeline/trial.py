@@ -269,9 +269,8 @@ class _Trial:
             self._peak(session, warm, decide)
         rate = rate or float(how["load"]) * self.metrics["throughput_rps/peak"]
         self._phase(0.7, f"window at {rate:.1f} requests/s")
-        timed = workload.load(inputs / name, rate)
         if isinstance(session, Remembering):  # the most that it can find
-            self.metrics["window/history_returning_share"] = workload.lengths(timed)["returning/history_share"]
+            self.metrics["window/history_returning_share"] = workload.lengths(workload.load(inputs / name, rate))["returning/history_share"]
         window = self._window(session, name, rate, decide)
         np.savez(self.folder / "samples.npz", latency_ms=window.latency_ms, arrival_s=window.arrival_s, late_ms=window.late_ms)
         self._add(percentiles.figures(window))

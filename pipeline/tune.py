@@ -40,7 +40,7 @@ from pipeline.records import (
 from pipeline.terminal import Progress, View, last_line, result_table
 from pipeline.tracking import Tracker
 from pipeline.trials import Trials
-from search_spaces.space import Space, pin
+from search_spaces.space import Space, default_point, pin
 
 STAGES = ("engines", "data", "training", "requests", "quantisation", "baseline", "search", "confirmation", "publication")
 INTERRUPTED = 130
@@ -79,7 +79,7 @@ def tune(
             run.inputs = stages.requests(config, prepared, run.checkpoint, view.line)
         with view.stage("quantisation"):
             run.quantise()
-        with run.trials.crew:
+        with run.crew:
             with view.stage("baseline"):
                 baseline = run.baseline()
             with view.stage("search"):
@@ -90,7 +90,7 @@ def tune(
         with view.stage("publication"):
             shipped = run.publish(decision)
     run.farewell(decision, shipped)
-    return INTERRUPTED if run.trials.crew.stopping else 1 if trouble else 0
+    return INTERRUPTED if run.crew.stopping else 1 if trouble else 0
 
 
 def reconfirm(
@@ -129,6 +129,12 @@ class _Run:
     record: StudyRecord | None = None
     rate_rps: float = 0.0
     budget: Budget | None = None
+
+    @property
+    def crew(self) -> Crew:
+        """Who runs the trials."""
+        return self.trials.crew
+
     # -- before the search
 
     def choose_engines(self, given: Mapping[str, Space] | None) -> None:
@@ -203,13 +209,13 @@ class _Run:
 
     def baseline(self) -> list[TrialRecord]:
         """The first engine with its own defaults, then the same again: the noise floor. Also sets the offered load."""
-        backend, space = next(iter(self.spaces.items()))
+        place = default_point(self.spaces)
         windows: list[TrialRecord] = []
         for number in range(1 + self.config.study.noise_windows):
-            if number and self.trials.crew.stopping:
+            if number and self.crew.stopping:
                 break
             role = "noise" if number else "baseline"
-            record = self.trials.insist(self.folder / "trials" / f"{number:04d}", self._order(number, role, backend, space.point({})))
+            record = self.trials.insist(self.folder / "trials" / f"{number:04d}", self._order(number, role, *place))
             if not number:
                 record = self._must(record)
             if record.outcome is Outcome.MEASURED:
@@ -234,16 +240,14 @@ class _Run:
         self.budget, trouble, over, exhausted, told = Budget(config=config, earlier=search.finished, walls=self.trials.walls), "", "", False, False
         while True:
             self.view.search(self._progress(search, baseline))
-            over = self.budget.over(search.finished, len(self.trials.crew.flying))
-            while not (over or trouble or self.trials.crew.stopping) and self.trials.crew.free > 0:
+            over = self.budget.over(search.finished, len(self.crew.flying))
+            while not (over or trouble or self.crew.stopping) and self.crew.free > 0:
                 point = search.ask()
                 if exhausted := point is None:
                     break
-                order = self._order(point.number, point.role, point.backend, point.settings)
-                order = replace(order, decide=self._decidable(search, resolved, baseline[0]))
-                self.trials.start(self.folder / "trials" / f"{point.number:04d}", order)
-                over = self.budget.over(search.finished, len(self.trials.crew.flying))
-            if not self.trials.crew.flying:
+                self._begin(point, self._decidable(search, resolved, baseline[0]))
+                over = self.budget.over(search.finished, len(self.crew.flying))
+            if not self.crew.flying:
                 break
             record = self._tell(search, resolved, baseline[0])
             if not told and (few := gate.too_few(resolved, record.metrics)):
@@ -261,17 +265,15 @@ class _Run:
     def neighbours(self, search: study.Search, baseline: list[TrialRecord]) -> None:
         """Measure points one knob away from the best, as far as they were not; one that is better is the candidate from then on."""
         ranked, left = search.ranked(), self.config.study.neighbours - search.checked
-        if not ranked or left < 1 or search.stop_reason() or self.trials.crew.stopping:
+        if not ranked or left < 1 or search.stop_reason() or self.crew.stopping:
             return
         assert self.goal is not None
         resolved = goals.resolve(self.goal, baseline[0].metrics)
         places = list(neighbours.wanted(self.spaces, resolved, read_study(self.folder).trials, ranked[0], left))
         while True:
-            while places and self.trials.crew.free > 0 and not self.trials.crew.stopping:
-                point = search.take(*places.pop(0))
-                order = self._order(point.number, point.role, point.backend, point.settings)
-                self.trials.start(self.folder / "trials" / f"{point.number:04d}", order)
-            if not self.trials.crew.flying:
+            while places and self.crew.free > 0 and not self.crew.stopping:
+                self._begin(search.take(*places.pop(0)), {})
+            if not self.crew.flying:
                 return
             self._tell(search, resolved, baseline[0])
 
@@ -282,10 +284,10 @@ class _Run:
         assert self.goal is not None
         ranked, front = search.ranked(), search.front()
         old, state = read_decision(self.folder), {"done": search.done + search.checked, "pairs": self.config.study.confirm_pairs}
-        if old is not None and (_state(self.folder) == state or (self.trials.crew.stopping and _state(self.folder))):
+        if old is not None and (_state(self.folder) == state or (self.crew.stopping and _state(self.folder))):
             return old
         try:
-            if self.trials.crew.stopping:
+            if self.crew.stopping:
                 raise _Stopped
             (self.folder / "decision.json").unlink(missing_ok=True)
             pairs, seed = self.config.study.confirm_pairs, self.config.study.seed
@@ -316,7 +318,7 @@ class _Run:
         learnt.write(self.folder, self.spaces, self.goal)
         written = Path(self.config.paths.reports) / self.config.study.name
         report.write(self.folder, written)
-        if self.trials.tracker and self.trials.crew.stopping:
+        if self.trials.tracker and self.crew.stopping:
             self.trials.tracker.leave()
         elif self.trials.tracker:
             self.trials.tracker.finish(self.folder, written, shipped)
@@ -356,6 +358,11 @@ class _Run:
         checkpoint = self.quantised.get(recipe, self.checkpoint.folder)
         return stages.order(self.config, number, role, backend, settings, checkpoint, self.inputs, self.rate_rps)
 
+    def _begin(self, point: study.Point, decide: Mapping[str, Any]) -> None:
+        """Start the trial of a point, which may end as soon as what it is to `decide` is."""
+        order = self._order(point.number, point.role, point.backend, point.settings)
+        self.trials.start(self.folder / "trials" / f"{point.number:04d}", replace(order, decide=decide))
+
     def _decidable(self, search: study.Search, goal: Goal, baseline: TrialRecord) -> dict[str, Any]:
         """What ends a trial of the search early. Only what could come to confirmation is worth a whole window, and that takes as many as it tries."""
         if not self.config.measure.decide_early:
@@ -372,16 +379,16 @@ class _Run:
         return record
 
     def _confirmation(self, index: int, trial: TrialRecord) -> TrialRecord:
-        if self.trials.crew.stopping:
+        if self.crew.stopping:
             raise _Stopped
-        order = self._order(trial.number, "confirm", trial.order.backend, trial.order.settings)
+        order = self._order(trial.number, "confirm", *trial.order.point)
         return self.trials.insist(self.folder / "confirm" / f"{index:02d}", order)
 
     # -- what to say
 
     def _words(self, order: Order) -> str:
         space = self.spaces.get(order.backend)
-        return wording.point(order.backend, order.settings, space.point({}) if space else {})
+        return wording.point(*order.point, space.point({}) if space else {})
 
     def _progress(self, search: study.Search, baseline: list[TrialRecord]) -> Progress:
         assert self.goal is not None
@@ -389,7 +396,7 @@ class _Run:
         resolved, records = goals.resolve(self.goal, baseline[0].metrics), search.finished
         kinds, ranked = [r.outcome for r in records], search.ranked()
         feasible = sum(r.outcome is Outcome.MEASURED and goals.feasible(resolved, r.metrics) for r in records)
-        flying = {int(name): seconds for name, seconds in self.trials.crew.flying.items()}
+        flying = {int(name): seconds for name, seconds in self.crew.flying.items()}
         return Progress(
             done=search.done,
             total=self.config.study.trials,

@@ -166,7 +166,7 @@ class Space:
     def point(self, settings: Settings) -> dict[str, Value]:
         """`settings` over the defaults as a full point; a knob neither names takes the first of its range."""
         wanted = {**self.defaults, **settings}
-        return self.draw(lambda knob: wanted[knob.name] if knob.name in wanted else (knob.options[0] if isinstance(knob, Choice) else knob.low))
+        return self.draw(lambda knob: wanted[knob.name] if knob.name in wanted else first(knob))
 
     def points(self) -> list[dict[str, Value]]:
         """The baseline and the presets as full points, duplicates left out."""
@@ -201,6 +201,22 @@ class Space:
             if knob.name == name and isinstance(knob, Choice):
                 return knob.options
         return (self.defaults[name],) if name in self.defaults else ()
+
+
+def default_point(spaces: Mapping[str, Space]) -> tuple[str, dict[str, Value]]:
+    """The baseline of a search: the first engine with its own defaults."""
+    backend, space = next(iter(spaces.items()))
+    return backend, space.point({})
+
+
+def first(knob: Knob) -> Value:
+    """What stands for a knob that nobody names: the first of its range."""
+    return knob.options[0] if isinstance(knob, Choice) else knob.low
+
+
+def legal_value(knob: Knob, *sources: Settings) -> Value:
+    """What the first of `sources` says of a knob that is legal; `first` where none does."""
+    return next((source[knob.name] for source in sources if knob.name in source and knob.allows(source[knob.name])), first(knob))
 
 
 def pin(spaces: Mapping[str, Space], settings: Settings) -> dict[str, Space]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from pipeline.bench import toy
 from pipeline.contracts import HEADS, Feature, FeatureSchema, RankingRequest
 
 SCHEMA = FeatureSchema(
@@ -27,20 +30,8 @@ def random_request(
     arrival_s: float = 0.0,
 ) -> RankingRequest:
     """One valid request; `serving` lets every candidate see all real-time events."""
-
-    def ids(rows: int, features: tuple[Feature, ...]) -> np.ndarray:
-        return np.stack([rng.integers(0, f.rows, rows) for f in features], axis=1)
-
-    return RankingRequest(
-        user=ids(1, schema.user)[0],
-        events=ids(static + realtime, schema.event),
-        static_count=static,
-        candidates=ids(candidates, schema.candidate),
-        cross=rng.normal(size=(candidates, len(schema.cross))).astype(np.float32),
-        visible=np.full(candidates, realtime) if serving else rng.integers(0, realtime + 1, candidates),
-        user_key=user_key,
-        arrival_s=arrival_s,
-    )
+    drawn = toy.random_request(rng, schema, static=static, realtime=realtime, candidates=candidates, serving=serving)
+    return replace(drawn, user_key=user_key, arrival_s=arrival_s)
 
 
 def jagged_requests(rng: np.random.Generator, count: int = 6, serving: bool = False) -> list[RankingRequest]:

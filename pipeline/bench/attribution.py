@@ -12,20 +12,18 @@ says of each winner is compared with the same split, computed from the exact fig
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 
 from pipeline import attribution, goals, neighbours, replay
-from pipeline.bench.search import known, reference, world
+from pipeline.bench import options, pool
+from pipeline.bench.rates import wilson
+from pipeline.bench.search import landscapes, reference, world
 from pipeline.config import StudyConfig
 from pipeline.contracts import Outcome
-from pipeline.errors import UserError
 from pipeline.records import TrialRecord
 from pipeline.replay import Engine, Played
 
@@ -47,30 +45,16 @@ class Game:
 def main(arguments: Sequence[str]) -> int:
     """Print a row a landscape."""
     from rich.console import Console
-    from rich.progress import Progress
     from rich.table import Table
 
-    options = {
-        "landscape": "all",
-        "seeds": "20",
-        "trials": "30",
-        "sampler": "bayes",
-        "neighbours": "0",
-        **dict(a.partition("=")[::2] for a in arguments),
-    }
-    if unknown := set(options) - {"landscape", "seeds", "trials", "sampler", "neighbours"}:
-        raise UserError(f"bench attribution takes landscape, seeds, trials, sampler and neighbours, got {', '.join(sorted(unknown))}")
-    names = known() if options["landscape"] == "all" else tuple(options["landscape"].split(","))
+    told = options("attribution", arguments, landscape="all", seeds="20", trials="30", sampler="bayes", neighbours="0")
+    names = landscapes(told)
     title = "{seeds} searches a landscape, {trials} trials and {neighbours} neighbours each, sampler {sampler}; 95 % intervals of rates in brackets"
-    rows, columns = Table("", *names, title=title.format(**options), title_justify="left"), list[list[str]]()
-    # One thread each: many small matrices, and as many searches as processes.
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    with ProcessPoolExecutor(os.cpu_count() or 1, get_context("spawn")) as pool, Progress(console=Console(stderr=True)) as progress:
-        for name in names:
-            numbers = {what: int(options[what]) for what in ("trials", "neighbours")}
-            games = [Game(landscape=name, seed=seed, sampler=options["sampler"], **numbers) for seed in range(int(options["seeds"]))]
-            found = list(progress.track(pool.map(explained, games), total=len(games), description=name))
-            columns.append(summary([one for one in found if one]))
+    rows, columns = Table("", *names, title=title.format(**told), title_justify="left"), list[list[str]]()
+    numbers = {what: int(told[what]) for what in ("trials", "neighbours")}
+    for name in names:
+        games = [Game(landscape=name, seed=seed, sampler=told["sampler"], **numbers) for seed in range(int(told["seeds"]))]
+        columns.append(summary([one for one in pool.played(explained, games, name) if one]))
     for heading, *cells in zip(HEADINGS, *columns, strict=True):
         rows.add_row(heading, *cells)
     Console().print(rows)
@@ -102,11 +86,11 @@ def explained(game: Game) -> dict[str, Any]:
         records.append(engine.trial(len(records), neighbours.ROLE, backend, settings))
     winner = _winner(truth, records) or winner
     for trial, count in zip((records[0], winner), AGAIN, strict=True):
-        windows += [engine.trial(1000 + len(windows), "confirm", trial.order.backend, trial.order.settings) for _ in range(count)]
+        windows += [engine.trial(1000 + len(windows), "confirm", *trial.order.point) for _ in range(count)]
     told = attribution.attribute(one.spaces, truth.goal, [*records, *windows], winner)
     if told is None:
         return {}
-    start, end = (records[0].order.backend, records[0].order.settings), (winner.order.backend, winner.order.settings)
+    start, end = records[0].order.point, winner.order.point
     named = {f.knob: f.after.split(", ") if f.knob == attribution.REST else [f.knob] for f in told.factors}
     exact, total = true_factors(one, truth, start, end, [tuple(group) for group in named.values()])
     shares = true_shares(one, truth, end[0])
@@ -165,9 +149,8 @@ def rate(count: int, of: int) -> str:
     """'93 % [88 to 96]', by Wilson."""
     if not of:
         return "-"
-    share, z = count / of, 1.96
-    middle, half = share + z * z / 2 / of, z * math.sqrt(share * (1 - share) / of + (z / 2 / of) ** 2)
-    return f"{share:.0%} [{(middle - half) / (1 + z * z / of):.0%} to {(middle + half) / (1 + z * z / of):.0%}]"
+    low, high = wilson(count, of)
+    return f"{count / of:.0%} [{low:.0%} to {high:.0%}]"
 
 
 def _winner(truth: replay.Reference, records: Sequence[Played]) -> Played | None:

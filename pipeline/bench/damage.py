@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import gate, quality, stages
+from pipeline import gate, goals, quality, stages
 from pipeline.bench.rates import show
-from pipeline.contracts import Bound, Goal, LabelledRequest, RankingRequest, Scores
+from pipeline.contracts import Goal, LabelledRequest, RankingRequest, Scores
 from pipeline.errors import SettingsError
 
 Network = Any
@@ -51,8 +51,7 @@ class Verdict:
 def judge(samples: Sequence[LabelledRequest], scores: Sequence[Scores], expected: Sequence[Scores], heads: Sequence[str], margin: float) -> Verdict:
     """As a trial and its goal do."""
     metrics, _ = quality.compare(samples, scores, expected, heads)
-    bounds = tuple(Bound(metric=f"{kind}_loss_upper/{head}", limit=margin) for head in heads for kind in gate.KINDS)
-    goal = Goal(objectives=(), bounds=bounds)
+    goal = Goal(objectives=(), bounds=tuple(goals.accuracy_bounds(heads, margin)))
     found = gate.judgements(goal, metrics)
     worst = max(found, key=lambda j: j.upper, default=None)
     return Verdict(

@@ -8,11 +8,9 @@ back when the model has changed its mind, and every BACK trials in any case, so 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,11 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from pipeline import feasibility, landscape, replay, study
+from pipeline.bench import options, pool
 from pipeline.bench.attribution import rate
-from pipeline.bench.search import known, reference, world
+from pipeline.bench.search import landscapes, reference, world
 from pipeline.config import StudyConfig
 from pipeline.contracts import Outcome
-from pipeline.errors import UserError
 from pipeline.replay import Engine, Played
 from pipeline.surrogate import Place
 
@@ -48,27 +46,16 @@ class Game:
 def main(arguments: Sequence[str]) -> int:
     """Print a row a landscape, sampler and way."""
     from rich.console import Console
-    from rich.progress import Progress
     from rich.table import Table
 
-    options = {"landscape": "all", "seeds": "20", "trials": "30", "samplers": "tpe,bayes", **dict(a.partition("=")[::2] for a in arguments)}
-    if unknown := set(options) - {"landscape", "seeds", "trials", "samplers"}:
-        raise UserError(f"bench failures takes landscape, seeds, trials and samplers, got {', '.join(sorted(unknown))}")
-    names = known() if options["landscape"] == "all" else tuple(options["landscape"].split(","))
-    title = f"{options['seeds']} searches a row, {options['trials']} trials each; 95 % intervals in brackets"
+    told = options("failures", arguments, landscape="all", seeds="20", trials="30", samplers="tpe,bayes")
+    seeds, trials = int(told["seeds"]), int(told["trials"])
+    title = f"{seeds} searches a row, {trials} trials each; 95 % intervals in brackets"
     rows = Table("landscape", *HEADINGS, title=title, title_justify="left")
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    with ProcessPoolExecutor(os.cpu_count() or 1, get_context("spawn")) as pool, Progress(console=Console(stderr=True)) as progress:
-        for name in names:
-            for sampler in options["samplers"].split(","):
-                for postponed in (False, True):
-                    made = [
-                        Game(landscape=name, sampler=sampler, postponed=postponed, seed=seed, trials=int(options["trials"]))
-                        for seed in range(int(options["seeds"]))
-                    ]
-                    what = f"{sampler}{', postponed' if postponed else ''}"
-                    found = list(progress.track(pool.map(played, made), total=len(made), description=f"{name} {what}"))
-                    rows.add_row(name, what, *summary(found))
+    for name, sampler, postponed in product(landscapes(told), told["samplers"].split(","), (False, True)):
+        games = [Game(landscape=name, sampler=sampler, postponed=postponed, seed=seed, trials=trials) for seed in range(seeds)]
+        what = f"{sampler}{', postponed' if postponed else ''}"
+        rows.add_row(name, what, *summary(list(pool.played(played, games, f"{name} {what}"))))
     Console(width=None if Console().is_terminal else 160).print(rows)
     return 0
 
@@ -98,12 +85,9 @@ def plain(one: replay.World, truth: replay.Reference, config: StudyConfig, sampl
 def postponed(one: replay.World, truth: replay.Reference, config: StudyConfig, sampler: str) -> Iterator[Played]:
     """The same, and what is said to be refused waits."""
     engine = Engine(one, config.seed)
-    backend, space = next(iter(one.spaces.items()))
-    records = [engine.trial(0, "baseline", backend, space.point({}))]
-    while records[0].outcome is Outcome.FAILED:
-        records[0] = engine.trial(0, "baseline", backend, space.point({}))
+    records = [engine.baseline()]
     yield records[0]
-    running, model, waiting = _Patient(Path(), one.spaces, truth.goal, config, records, InMemoryStorage(), sampler), None, list[Place]()
+    running, waiting = _Patient(Path(), one.spaces, truth.goal, config, records, InMemoryStorage(), sampler), list[Place]()
     model = feasibility.Refusals(one.spaces)
     while running.done < config.trials and not running.stop_reason():
         put_off = 0
@@ -159,4 +143,4 @@ def _chosen(truth: replay.Reference, config: StudyConfig, sampler: str, one: rep
     """What would go to confirmation."""
     whole = study.Search(Path(), one.spaces, truth.goal, config, list(records), InMemoryStorage(), sampler)
     best = (whole.ranked() or list(records))[0]
-    return best.order.backend, best.order.settings
+    return best.order.point

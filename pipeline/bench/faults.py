@@ -23,10 +23,11 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import landscape
 from pipeline.bench import toy
 from pipeline.contracts import Outcome
 from pipeline.errors import MachineError
-from pipeline.records import StudyFolder, TrialRecord, read_study
+from pipeline.records import StudyFolder, read_study
 
 LOCAL, RAY = ("child", "study"), ("worker", "child", "study", "host", "head")
 """What is killed. A study whose Ray head dies ends by itself, and is started again with the next cluster's address."""
@@ -165,12 +166,9 @@ def _lost(seen: dict[Path, bytes], tally: Tally) -> None:
 def _judge(study: StudyFolder, tally: Tally) -> None:
     tally.unfinished = [str(trial.folder) for trial in study.trials if trial.outcome is None]
     tally.failed = sum(trial.outcome is Outcome.FAILED for trial in study.trials)
-    points = Counter(_point(t) for t in study.trials if t.order.role not in ("noise", "confirm") and t.outcome not in (None, Outcome.FAILED))
+    searched = [t for t in study.trials if t.order.role not in ("noise", "confirm") and t.outcome not in (None, Outcome.FAILED)]
+    points = Counter(landscape.key(*t.order.point) for t in searched)
     tally.twice = sum(count - 1 for count in points.values())
-
-
-def _point(trial: TrialRecord) -> str:
-    return json.dumps([trial.order.backend, dict(trial.order.settings)], sort_keys=True)
 
 
 def _kill(rng: random.Random, kinds: Sequence[str], study: subprocess.Popen[str], folder: Path, cluster: toy.Cluster | None) -> str:

@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 
 from pipeline import gate
 from pipeline.bench.rates import rate, show
+from pipeline.config import GoalConfig
 
 if TYPE_CHECKING:
     from model.paired import Loss
 
 FloatArray = NDArray[np.float64]
-MARGIN = 5e-4
+MARGIN = GoalConfig().accuracy_margin
 USER_SD, EVENT_SD, ERROR_SD = 0.9, 1.2, 0.8
 """Of the true logit between users, within a user, and of the reference's own error: AUC 0.77, GAUC 0.73 at a base rate of one half."""
 HALF_OF, SIZE_SPREAD, LARGEST = 39.0, 1.25, 1014

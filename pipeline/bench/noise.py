@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import noise
 from pipeline.bench.rates import rate, show
+from pipeline.confirm import CANDIDATES
 
 FloatArray = NDArray[np.float64]
 STUDIES = 2000
@@ -23,8 +24,6 @@ LATENCY_SIGMA = 0.4
 """Of log latency within a window: p99 then lies at 2.5 times the median."""
 SEARCHED = 2
 """Windows of the baseline before the search: the trial and study.noise_windows=1."""
-CANDIDATES = 2
-"""How many candidates a study takes to confirmation."""
 CHUNK = 2000
 
 

@@ -23,7 +23,7 @@ from pipeline.errors import MachineError, UserError
 from pipeline.landscape import Landscape, Record
 from pipeline.launcher import Launcher, Line, LocalLauncher
 from pipeline.records import Order, TrialRecord, read_trial, write_order
-from search_spaces.space import Space
+from search_spaces.space import Space, default_point
 
 AGAIN = 4
 """Every so many points one is measured a second time."""
@@ -75,9 +75,8 @@ class Recording:
 
     def record(self, say: Line) -> Landscape:
         """Measure what is not measured yet; the whole landscape."""
-        first, space = next(iter(self.spaces.items()))
         everything = landscape.shuffled(((b, p) for b, one in self.spaces.items() for p in landscape.grid(one)), self.config.study.seed)
-        orders = [(first, space.point({})), *everything, *everything[::AGAIN]]
+        orders = [default_point(self.spaces), *everything, *everything[::AGAIN]]
         rate, found, began, run = self.config.measure.rate_rps, [], time.monotonic(), 0
         for number, (backend, settings) in enumerate(orders):
             recipe = str(settings.get(stages.RECIPE, stages.PLAIN))
@@ -127,8 +126,7 @@ def kept(found: Sequence[TrialRecord]) -> tuple[Record, ...]:
     records, paid = [], set()
     for trial in found:
         assert trial.measurement is not None
-        build = {name: value for name, value in trial.order.settings.items() if name.split(".")[0] in ("quant", "build")}
-        engine = landscape.key(trial.order.backend, build)
+        engine = landscape.engine(*trial.order.point)
         once = sum(trial.metrics.get(f"time_s/{what}", 0.0) for what in ("build", "quality"))
         seconds = trial.measurement.seconds - (once if once and engine not in paid else 0.0)
         paid |= {engine} if once else set()

@@ -16,14 +16,16 @@ import numpy as np
 from rich.table import Table
 
 from pipeline import confirm, goals, landscape, percentiles, sequential
+from pipeline.config import GoalConfig
 from pipeline.contracts import Bound, Goal, Measurement, Objective, Outcome
 from pipeline.landscape import Landscape, Record
 from pipeline.measure import LOOK_S
+from search_spaces.space import default_point
 
 WARMUP_S, PEAK_S = 1.0, 2.0
 """Of the closed loops that go with every window, where the landscape's command sets no others."""
 SLICE_SPREAD = 0.05
-MARGIN = 5e-4
+MARGIN = GoalConfig().accuracy_margin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,7 @@ def goals_of(land: Landscape) -> list[Goal]:
 
 def baseline(land: Landscape) -> Record:
     """The first engine's defaults."""
-    name, space = next(iter(land.spaces.items()))
-    return land.of(name, space.point({}))[0]
+    return land.of(*default_point(land.spaces))[0]
 
 
 def search(land: Landscape, goal: Goal, order: int, *, early: bool) -> Search:

@@ -8,18 +8,16 @@ to confirmation, by its truth. `random` is the rival to beat, and `grid` is ever
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline import goals, landscape, replay, virtual_gpu, warm
+from pipeline.bench import options, pool
 from pipeline.config import StudyConfig
 from pipeline.contracts import Outcome, Settings
 from pipeline.errors import UserError
@@ -79,35 +77,37 @@ class Job:
 def main(arguments: Sequence[str]) -> int:
     """Play all searches on all cores, print a table a landscape, write report.md, results.json and the curves."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from pipeline.bench import search_report
 
-    options = {"landscape": "all", "seeds": "20", "samplers": "all", "out": "reports/search", **dict(a.partition("=")[::2] for a in arguments)}
-    if unknown := set(options) - {"landscape", "seeds", "samplers", "out"}:
-        raise UserError(f"bench search takes landscape, seeds, samplers and out, got {', '.join(sorted(unknown))}")
-    chosen = known() if options["landscape"] == "all" else tuple(options["landscape"].split(","))
-    names = tuple(ENTRANTS) if options["samplers"] == "all" else tuple(dict.fromkeys(("random", *options["samplers"].split(","))))
+    told = options("search", arguments, landscape="all", seeds="20", samplers="all", out="reports/search")
+    chosen = landscapes(told)
+    names = tuple(ENTRANTS) if told["samplers"] == "all" else tuple(dict.fromkeys(("random", *told["samplers"].split(","))))
     if strange := sorted({*chosen} - {*known()} | {*names} - {*ENTRANTS}):
         raise UserError(f"unknown: {', '.join(strange)}; landscapes are {', '.join(known())}, samplers {', '.join(ENTRANTS)}")
-    jobs = [job for name in chosen for job in plan(name, names, int(options["seeds"]))]
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("searches", total=len(jobs))
-        results = []
-        for result in played(jobs, os.cpu_count() or 1):
-            results.append(result)
-            progress.advance(task)
+    jobs = [job for name in chosen for job in plan(name, names, int(told["seeds"]))]
+    results = list(pool.played(play, jobs, "searches"))
     found = [describe(name, [r for r in results if r["landscape"] == name]) for name in chosen]
     for one in found:
         Console().print(search_report.table(one))
-    search_report.write(found, Path(options["out"]), " ".join(["python -m pipeline bench search", *arguments]))
-    print(Path(options["out"]) / "report.md")
+    search_report.write(found, Path(told["out"]), " ".join(["python -m pipeline bench search", *arguments]))
+    print(Path(told["out"]) / "report.md")
     return 0
+
+
+def recorded() -> list[Path]:
+    """Folders of the recorded landscapes."""
+    return sorted(path.parent for path in LANDSCAPES.glob(f"*/{landscape.INDEX}"))
 
 
 def known() -> tuple[str, ...]:
     """Landscapes there are: the recorded ones, then the formulas."""
-    return (*sorted(path.parent.name for path in LANDSCAPES.glob(f"*/{landscape.INDEX}")), *FORMULAS)
+    return (*(folder.name for folder in recorded()), *FORMULAS)
+
+
+def landscapes(told: Mapping[str, str]) -> tuple[str, ...]:
+    """Those that `landscape=` names."""
+    return known() if told["landscape"] == "all" else tuple(told["landscape"].split(","))
 
 
 @cache
@@ -139,18 +139,6 @@ def plan(name: str, entrants: Sequence[str], seeds: int) -> list[Job]:
     """The searches of one landscape. A related earlier study exists for formulas alone."""
     kept = [e for e in entrants if ENTRANTS[e].warm != "related" or name in SIBLINGS]
     return [Job(landscape=name, entrant=entrant, seed=seed, seconds=budgets(name)[-1]) for seed in range(seeds) for entrant in (*kept, "grid")]
-
-
-def played(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
-    """Results as they come."""
-    if processes == 1:
-        yield from map(play, jobs)
-        return
-    # One thread each: many small matrices, and as many searches as cores.
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(play, job) for job in jobs]):
-            yield future.result()
 
 
 def play(job: Job) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from rich.table import Table
 from pipeline import capacity, sequential
 from pipeline.bench import queues
 from pipeline.bench.queues import QUEUES, Queue
+from pipeline.bench.rates import rate
 from pipeline.bench.replayed import replayed
+from pipeline.bench.search import recorded
 from pipeline.errors import UserError
 from pipeline.sequential import LATENCY, Bar
 
@@ -30,7 +32,6 @@ REQUESTS, EVERY = 1000, 50
 """Of a window; and how often it is looked at, in requests."""
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 30.0)
 """True share of the requests above the limit, as a multiple of the 1 % that a p99 allows."""
-LANDSCAPES = Path("reports/landscapes")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"bench sequential takes rows=NUMBER and folders of landscapes, got {', '.join(sorted(unknown))}")
     rows, console = int(options.get("rows", 400)), Console()
     rng = np.random.default_rng(0)
-    folders = [Path(a) for a in arguments if "=" not in a] or sorted(p.parent for p in LANDSCAPES.glob("*/samples.npz"))
+    folders = [Path(a) for a in arguments if "=" not in a] or recorded()
     parts: list[tuple[str, Callable[[], Table]]] = [
         ("limits on a p99", lambda: limits(rng, rows)),
         ("racing on a mean", lambda: means(rng, rows)),
@@ -53,19 +54,6 @@ def main(arguments: Sequence[str]) -> int:
             table = make()
         console.print(table)
     return 0
-
-
-def wilson(hits: int, tries: int) -> tuple[float, float]:
-    """95 % interval of a rate."""
-    z, share = 1.96, hits / tries
-    middle, half = share + z**2 / (2 * tries), z * math.sqrt(share * (1 - share) / tries + z**2 / (4 * tries**2))
-    return max(0.0, (middle - half) / (1 + z**2 / tries)), (middle + half) / (1 + z**2 / tries)
-
-
-def rate(hits: int, tries: int) -> str:
-    """A rate with its interval, in per cent."""
-    low, high = wilson(hits, tries)
-    return f"{100 * hits / tries:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def decided(bar: Bar, latency_ms: FloatArray, *, certain: bool, error: float = ERROR, every: int = EVERY) -> tuple[str, int]:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -169,19 +169,25 @@ class Cluster:
         self._raylets.shutdown()
 
 
-def _request(rng: np.random.Generator, arrival_s: float) -> RankingRequest:
-    static, realtime, candidates = (int(n) for n in rng.integers(1, 12, 3))
+def random_request(
+    rng: np.random.Generator, schema: FeatureSchema, *, static: int, realtime: int, candidates: int, serving: bool = True
+) -> RankingRequest:
+    """A valid request of random ids; `serving` lets every candidate see all real-time events."""
 
     def ids(rows: int, features: tuple[Feature, ...]) -> np.ndarray[Any, Any]:
         return np.stack([rng.integers(0, f.rows, rows) for f in features], axis=1)
 
     return RankingRequest(
-        user=ids(1, SCHEMA.user)[0],
-        events=ids(static + realtime, SCHEMA.event),
+        user=ids(1, schema.user)[0],
+        events=ids(static + realtime, schema.event),
         static_count=static,
-        candidates=ids(candidates, SCHEMA.candidate),
-        cross=rng.normal(size=(candidates, len(SCHEMA.cross))).astype(np.float32),
-        visible=np.full(candidates, realtime),
-        user_key=int(rng.integers(7)),
-        arrival_s=arrival_s,
+        candidates=ids(candidates, schema.candidate),
+        cross=rng.normal(size=(candidates, len(schema.cross))).astype(np.float32),
+        visible=np.full(candidates, realtime) if serving else rng.integers(0, realtime + 1, candidates),
     )
+
+
+def _request(rng: np.random.Generator, arrival_s: float) -> RankingRequest:
+    static, realtime, candidates = (int(n) for n in rng.integers(1, 12, 3))
+    drawn = random_request(rng, SCHEMA, static=static, realtime=realtime, candidates=candidates)
+    return replace(drawn, user_key=int(rng.integers(7)), arrival_s=arrival_s)

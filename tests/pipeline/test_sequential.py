@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pipeline.bench.queues import QUEUES, Queue, waiting
-from pipeline.bench.sequential import decided, noticed, wilson
+from pipeline.bench.rates import wilson
+from pipeline.bench.sequential import decided, noticed
 from pipeline.sequential import Bar, Decider, Seen, decider, evidence, growing, inflation, mean_evidence, memory
 
 P99 = Bar(metric="latency_ms/p99", limit_ms=20.0, sure_ms=20.0, why="latency_ms/p99 cannot be within 20 ms")

@@ -27,8 +27,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_recorded_grid_is_compared_at_shares_of_its_cost_and_reported(toy: str, tmp_path: Path) -> None:
     jobs = search.plan(toy, ("random", "tpe", "bayes"), 3)
     assert {job.entrant for job in jobs} == {"random", "tpe", "bayes", "grid"}
-    results = list(search.played(jobs, 1))
-    assert results == list(search.played(jobs, 1))
+    results = list(map(search.play, jobs))
+    assert results == list(map(search.play, jobs))
     found = search.describe(toy, results)
     assert found["budgets"] == [share * search.world(toy).seconds for share in search.SHARES]
     assert found["points"] == 20
@@ -45,7 +45,7 @@ def test_a_recorded_grid_is_compared_at_shares_of_its_cost_and_reported(toy: str
 def test_ours_beats_chance_on_the_formula() -> None:
     """Three seeds each, thirty trials, the same presets."""
     jobs = [search.Job(landscape="virtual-medium", entrant=e, seed=s, seconds=0.0) for s in range(3) for e in ("random", "bayes")]
-    results = list(search.played(jobs, 1))
+    results = list(map(search.play, jobs))
     regret = {e: [search.at(r) for r in results if r["entrant"] == e] for e in ("random", "bayes")}
     assert np.median(regret["bayes"]) < 0.1 < np.median(regret["random"])
     assert np.mean(regret["bayes"]) < 0.5 * np.mean(regret["random"])

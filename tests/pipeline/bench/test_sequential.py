@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.bench import replayed, sequential
+from pipeline.bench import rates, replayed, sequential
 from pipeline.contracts import Outcome
 from pipeline.errors import UserError
 from pipeline.landscape import Landscape, Record
@@ -70,5 +70,5 @@ def test_every_table_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 def test_a_rate_has_wilsons_interval() -> None:
-    assert sequential.wilson(0, 100) == pytest.approx((0.0, 0.0370), abs=1e-4)
-    assert sequential.rate(5, 100) == "5.0 % (2.2 to 11.2)"
+    assert rates.wilson(0, 100) == pytest.approx((0.0, 0.0370), abs=1e-4)
+    assert rates.rate(5, 100) == "5.0 % (2.2 to 11.2)"
