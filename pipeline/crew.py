@@ -60,9 +60,14 @@ class Crew:
         return {folder.name: time.monotonic() - began for folder, (_, began, _) in self._flying.items()}
 
     @property
+    def slots(self) -> int:
+        """How many trials run at once, now."""
+        return self._launcher.slots
+
+    @property
     def free(self) -> int:
         """Slots without a trial."""
-        return self._launcher.slots - len(self._flying)
+        return self.slots - len(self._flying)
 
     def start(self, folder: Path, python: str) -> None:
         """Run the trial in `folder` beside whatever runs."""

@@ -29,6 +29,21 @@ class Trials:
     walls: dict[int, float] = field(default_factory=dict)
     """Number of a trial that this run measured -> seconds it took."""
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the user has asked to stop."""
+        return self.crew.stopping
+
+    @property
+    def flying(self) -> int:
+        """Trials under way."""
+        return len(self.crew.flying)
+
+    @property
+    def free(self) -> int:
+        """Trials that could be begun beside them."""
+        return self.crew.free
+
     def start(self, folder: Path, order: Order) -> None:
         """Begin one trial, in a fresh folder."""
         beside = ", ".join(sorted(self.crew.flying))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline import gate, goals
 from pipeline.contracts import Goal, Outcome, Settings
-from pipeline.records import TrialRecord
+from pipeline.records import Order, TrialRecord
 from pipeline.terminal import with_interval
+from search_spaces.space import Space
 
 
 def point(backend: str, settings: Settings, defaults: Settings) -> str:
@@ -16,6 +17,12 @@ def point(backend: str, settings: Settings, defaults: Settings) -> str:
     if not shown:
         return f"{backend}, its defaults"
     return " ".join([backend, *(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items())])
+
+
+def order(asked: Order, spaces: Mapping[str, Space]) -> str:
+    """A trial's point in words; all its settings where its engine has no space any more."""
+    space = spaces.get(asked.backend)
+    return point(*asked.point, space.point({}) if space else {})
 
 
 def trial_line(record: TrialRecord, words: str, goal: Goal, baseline: TrialRecord) -> str:
