@@ -53,7 +53,6 @@ class Entrant:
 ENTRANTS: Mapping[str, Entrant] = {
     "random": Entrant(sampler="random"),
     "tpe": Entrant(sampler="tpe"),
-    "nsga2": Entrant(sampler="nsga2"),
     "gp": Entrant(sampler="gp"),
     "bayes": Entrant(sampler="bayes"),
     "bayes/s": Entrant(sampler="bayes", priced=True),

@@ -152,6 +152,8 @@ NOTES = (
     "- 'at 10 %' is after engine seconds worth a tenth of measuring every point once, builds included; 'after 10' after so many trials, presets "
     "among them, the baseline not. 'within 5 %' is the share of seeds at the largest cost.",
     "- p: one-sided Mann-Whitney test against `random` at the same cost or trials, which has the same presets.",
+    "- `gp` and `tpe` are Optuna's. Its NSGA-II and CMA-ES are not here: they work on knobs that all points share, of which a space with conditions "
+    "has none but the engine; NSGA-II then draws exactly what `random` draws.",
     "- `grid` measures every point once and takes the best figure: what noise alone costs an exhaustive search.",
     "- On a recorded grid truth is not the figure of a point's one or two windows, of which the best is the luckiest, but that drawn towards a "
     "forest's out-of-bag prediction by as much as the twice recorded points say that it is noise (`pipeline/replay.py`). Regret is then exact within "
