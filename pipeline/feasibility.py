@@ -2,7 +2,7 @@
 
 Costs are sums over records. Foresight is a Gaussian process on whether points were refused, the same that the sampler `bayes` weighs its
 candidates with; `foreseen` asks it before each trial of a finished study what it would have said, so that its precision and recall are those of
-predictions. Of `memory` a second one tells what a point will hold. Neither takes a point away: that is for the engine to say.
+predictions. It takes no point away: that is for the engine to say.
 """
 
 from __future__ import annotations
@@ -24,10 +24,6 @@ from search_spaces.space import Space
 FloatArray = NDArray[np.float64]
 DISCARDED = "window discarded:"
 """How a trial's log begins the line about a window that did not count."""
-MEMORY = ("gpu_memory_mib/held", "memory_mib/peak")
-"""The first that the measured trials have is what `memory` is about."""
-SURE = 1.6449
-"""Of `memory`'s upper bound: one-sided 95 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,16 +136,3 @@ def foreseen(spaces: Mapping[str, Space], trials: Sequence[TrialRecord]) -> Fore
         said, was = chance[0] > 0.5, trial.outcome is Outcome.INFEASIBLE
         asked, refused, predicted, right = asked + 1, refused + was, predicted + bool(said), right + bool(said and was)
     return Foresight(asked=asked, refused=refused, predicted=predicted, right=right)
-
-
-def memory(spaces: Mapping[str, Space], told: Sequence[TrialRecord], places: Sequence[Place]) -> tuple[FloatArray, FloatArray] | None:
-    """MiB that points will hold, and a one-sided 95 % upper bound, from what the measured ones held; None for fewer than three of them."""
-    measured = [r for r in told if r.outcome is Outcome.MEASURED]
-    metric = next((name for name in MEMORY if measured and all(r.metrics.get(name, 0.0) > 0 for r in measured)), "")
-    if len(measured) < 3 or not metric:
-        return None
-    coder = Coder(spaces)
-    rows = coder.rows([r.order.point for r in measured])
-    process = surrogate.fit(rows, np.log([r.metrics[metric] for r in measured]), coder.categorical)
-    mean, spread = process.predict(coder.rows(places))
-    return np.exp(mean), np.exp(mean + SURE * spread)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from pipeline import feasibility
 from pipeline.contracts import Measurement, Outcome
@@ -61,13 +60,3 @@ def test_refusals_are_foreseen_once_there_is_something_to_learn_from() -> None:
     assert (nothing.asked, nothing.refused) == (0, 0)
     assert np.isnan(nothing.precision)
     assert np.isnan(nothing.recall)
-
-
-def test_memory_of_a_point_is_told_from_those_that_ran() -> None:
-    told = [trial(i, b, o) for i, (b, o) in enumerate([(1, 0), (2, 1), (3, 2), (5, 0), (6, 1), (9, 0)])]
-    found = feasibility.memory({"e": SPACE}, told, [("e", {"engine.batch": 4, "engine.other": 1})])
-    assert found is not None
-    likely, most = found
-    assert likely[0] == pytest.approx(100 * 1.3**4, rel=0.15)
-    assert most[0] > likely[0]
-    assert feasibility.memory({"e": SPACE}, told[:2], [("e", {"engine.batch": 4, "engine.other": 1})]) is None
