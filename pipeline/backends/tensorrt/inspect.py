@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-PRODUCTS = ("gemm", "Fc", "Gemm", "MatMul", "Conv", "Dot")
+PRODUCTS = ("gemm", "Fc")
 """Parts of the type or name of a layer that multiplies matrices."""
 
-SHORT = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8", "E4m3": "fp8", "Int32": "int32", "Int64": "int64"}
+SHORT = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8", "Int32": "int32", "Int64": "int64"}
 
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[")
 _OPERATION = re.compile(r"[A-Z][a-z0-9]+")
