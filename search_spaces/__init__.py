@@ -7,7 +7,7 @@ from importlib import import_module
 from pipeline.errors import UserError
 from search_spaces.space import Space
 
-ENGINES = ("eager", "compiled", "fused", "onnxruntime", "vllm", "fake")
+ENGINES = ("eager", "compiled", "fused", "onnxruntime", "tensorrt", "vllm", "fake")
 
 BY_DEVICE = ("vllm",)
 """Engines whose knobs on a GPU are others than on a CPU."""

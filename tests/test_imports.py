@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PARENT_ONLY = ("optuna", "mlflow", "hydra", "omegaconf")
-ENGINES = ("torch", "vllm", "tensorrt", "onnxruntime", "onnx", "modelopt")
+ENGINES = ("torch", "vllm", "tensorrt", "tensorrt_rtx", "onnxruntime", "onnx", "modelopt")
 OUR_CHILD_SIDE = ("model", "calibration", "pipeline.backends")
 
 CONTRACTS = {"pipeline.contracts", "pipeline.errors", "pipeline.requests"}
@@ -54,7 +54,7 @@ def test_a_module_imports_only_what_it_may(module: str) -> None:
 
 
 def test_engines_do_not_import_each_other() -> None:
-    names = [m for m in modules("pipeline/backends") if m.split(".")[-1] in ("eager", "compiled", "fused", "onnxruntime", "vllm", "fake")]
+    names = [m for m in modules("pipeline/backends") if m.split(".")[-1] in ("eager", "compiled", "fused", "onnxruntime", "tensorrt", "vllm", "fake")]
     for module in names:
         code = f"import sys, {module}\nprint('\\n'.join(sys.modules))"
         loaded = set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout.split())

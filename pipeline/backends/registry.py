@@ -11,7 +11,7 @@ from typing import cast
 from pipeline.contracts import Backend
 from pipeline.errors import UserError
 
-ENGINES = ("eager", "compiled", "fused", "onnxruntime", "vllm", "fake")
+ENGINES = ("eager", "compiled", "fused", "onnxruntime", "tensorrt", "vllm", "fake")
 
 
 def names() -> tuple[str, ...]:

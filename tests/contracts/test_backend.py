@@ -50,6 +50,8 @@ CASES: tuple[tuple[str, Settings], ...] = (
     ("fused", {"build.precision": "fp16"}),
     ("fused", {"build.precision": "bf16", "engine.inflight": 2}),
     ("onnxruntime", {"quant.recipe": "none", "build.graph_level": "all"}),
+    ("tensorrt", {}),
+    ("tensorrt", {"quant.recipe": "int8_max", "build.profiles": 2, "engine.inflight": 2}),
     ("vllm", {"build.precision": "fp32", "engine.enforce_eager": True, "engine.kv_cache_memory_mib": 64}),
 )
 SLOW_TO_START = ("vllm",)

@@ -28,7 +28,7 @@ def test_help_names_the_overrides(name: str, capsys: pytest.CaptureFixture[str])
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert (COMMANDS[name].__doc__ or "?") in shown
-    assert ("backend=compiled|eager|fake|fused|onnxruntime|vllm" in shown and "trials: 12" in shown) != (name in PLAIN)
+    assert ("backend=compiled|eager|fake|fused|onnxruntime|tensorrt|vllm" in shown and "trials: 12" in shown) != (name in PLAIN)
 
 
 @pytest.mark.parametrize("word", EXPERIMENTS)
