@@ -80,7 +80,7 @@ class StepRunner:
         if not scheduled.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
         requests, again = scheduled.scheduled_new_reqs, scheduled.scheduled_cached_reqs.req_ids
-        if again or len(requests) != len(scheduled.num_scheduled_tokens) or getattr(scheduled, "kv_cache_block_copies", None):
+        if len(requests) != len(scheduled.num_scheduled_tokens) or getattr(scheduled, "kv_cache_block_copies", None):
             raise RuntimeError(
                 f"a step computes a request to its end, none that was in a step before, and copies no blocks: vLLM continues {len(again)} of "
                 f"{len(scheduled.num_scheduled_tokens)}; serve with chunked prefill off, and do not reset its cache under running requests"
