@@ -47,6 +47,8 @@ class Core:
         self._sending = threading.Lock()
         self._client.resources.input_socket = None
         self._calls = count()
+        # Ids are all 0 and say how many: what makes a request's hashes in the core knows that better, and two thousand are read there one by one.
+        self._short = bool(config.cache_config.enable_prefix_caching)
 
     @property
     def errored(self) -> bool:
@@ -56,8 +58,9 @@ class Core:
         """Raises EngineDeadError."""
         # Unless told otherwise, a request of this task does not look into the cache.
         params = PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={KEY: prompt.payload})
+        ids = prompt.token_ids[:1] if self._short else prompt.token_ids
         request = EngineCoreRequest(
-            request_id=name, prompt_token_ids=prompt.token_ids, mm_features=None, sampling_params=None, pooling_params=params, arrival_time=0.0,
+            request_id=name, prompt_token_ids=ids, mm_features=None, sampling_params=None, pooling_params=params, arrival_time=0.0,
             lora_request=None, cache_salt=salt, data_parallel_rank=None,
         )  # fmt: skip
         self._send(EngineCoreRequestType.ADD, request)

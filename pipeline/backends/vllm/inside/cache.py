@@ -17,7 +17,7 @@ from typing import Any, Self, get_args
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from pipeline.backends.vllm.payload import KEY, marks_of
+from pipeline.backends.vllm.payload import KEY, lengths_of, marks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +75,17 @@ class HistoryManager(FullAttentionManager):
 
 
 def history_hasher(block: int, *_: Any) -> Callable[[Any], list[bytes]]:
-    """In place of vLLM's `get_request_block_hasher`: what gives a new Request the hashes of its history's whole blocks."""
+    """In place of vLLM's `get_request_block_hasher`: gives a new Request the hashes of its history's whole blocks, and the ids it came without."""
 
     def hashes(request: Any) -> list[bytes]:
         if request.block_hashes:
             return []
+        payload = request.pooling_params.extra_kwargs[KEY]
+        total = lengths_of(payload).total
         # As bytes the ids, all 0, are copied to the runner in one move, and not one by one; `HistoryManager` knows by them whose marks these are.
-        request.prompt_token_ids = bytearray(request.num_prompt_tokens)
+        request.prompt_token_ids, request.num_prompt_tokens = bytearray(total), total
+        request._all_token_ids += [0] * (total - len(request._all_token_ids))
         head = (request.cache_salt or "").encode()
-        return [head + mark for mark in marks_of(request.pooling_params.extra_kwargs[KEY], block)]
+        return [head + mark for mark in marks_of(payload, block)]
 
     return hashes

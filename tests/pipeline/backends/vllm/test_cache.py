@@ -43,10 +43,10 @@ def manager(monkeypatch: pytest.MonkeyPatch, ours: bool, blocks: int = 26) -> KV
     return KVCacheManager(config, max_model_len=256, scheduler_block_size=SIZE, hash_block_size=SIZE)
 
 
-def asked(name: str, request: RankingRequest) -> Request:
+def asked(name: str, request: RankingRequest, ids: int | None = None) -> Request:
     prompt = encode(request)
     return Request(
-        request_id=name, prompt_token_ids=prompt.token_ids, sampling_params=None, cache_salt=prompt.salt, block_hasher=history_hasher(SIZE),
+        request_id=name, prompt_token_ids=prompt.token_ids[:ids], sampling_params=None, cache_salt=prompt.salt, block_hasher=history_hasher(SIZE),
         pooling_params=PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={KEY: prompt.payload}),
     )  # fmt: skip
 
@@ -108,6 +108,16 @@ def test_a_history_computed_twice_at_once_is_found(monkeypatch: pytest.MonkeyPat
     assert pool.get_computed_blocks(asked("later", request))[1] == 48
     pool.evict_blocks({pool.get_blocks("one").blocks[0][1].block_id})
     assert pool.get_computed_blocks(asked("later", request))[1] == 48
+
+
+def test_ids_are_counted_where_they_are_left_out() -> None:
+    request = random_request(np.random.default_rng(3), static=40, realtime=20, candidates=3)
+    prompt = encode(request)
+    whole, short = asked("whole", request), asked("short", request, ids=1)
+    assert len(short.block_hashes) == 62 // SIZE
+    assert request.tokens == short.num_prompt_tokens == short.num_tokens == len(short.all_token_ids) == len(prompt.token_ids)
+    for name in ("prompt_token_ids", "num_prompt_tokens", "num_tokens", "_all_token_ids", "block_hashes"):
+        assert getattr(short, name) == getattr(whole, name)
 
 
 def test_hashes_of_anybody_else_are_refused() -> None:
