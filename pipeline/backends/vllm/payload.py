@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,9 @@ MARK = 16
 """Tokens to a mark, as vLLM's smallest block has."""
 _HEADER = 7
 _PLACE, _USER, _STATIC, _REALTIME = (np.uint64(bits) for bits in (0xD1B54A32D192ED03, 0x94D049BB133111EB, 0x8CB92BA72F3D8DD7, 0xABC98388FB8FAC03))
-_FOLDS = ((np.uint64(0x9E3779B97F4A7C15), np.uint64(29)), (np.uint64(0xBF58476D1CE4E5B9), np.uint64(32)))
+_FOLD, _AGAIN = (np.uint64(0x9E3779B97F4A7C15), np.uint64(29)), (np.uint64(0xBF58476D1CE4E5B9), np.uint64(32))
+_FOLDS = (_FOLD, _AGAIN), (_FOLD,)
+"""Of the first sum's tokens, and of these again for the second: they are mixed then, and one more makes them others."""
 
 
 class Lengths(NamedTuple):
@@ -145,15 +147,19 @@ def _words(lengths: Lengths) -> int:
 
 def _sums(request: RankingRequest) -> NDArray[np.uint64]:
     """[2, history] sums of what all tokens up to each have become at their places."""
-    users, static, count = len(request.user), request.static_count, len(request.user) + len(request.events)
-    tokens = _places(1 << count.bit_length())[:count].copy()
-    tokens[:users] += request.user.astype(np.uint64) * _USER
-    tokens[users:] += request.events.astype(np.uint64) @ _keys(request.events.shape[1])
-    tokens[users : users + static] += _STATIC
-    tokens[users + static :] += _REALTIME
-    sums, folded = np.empty((2, count), np.uint64), np.empty(count, np.uint64)
-    for lane in range(2):  # multiply and fold, so that every bit reaches every other
-        for factor, shift in _FOLDS:
+    users, seen, count = len(request.user), len(request.user) + request.static_count, len(request.user) + len(request.events)
+    # Numpy lets another thread run at each of these calls, and waits for its turn again: they are as few as can be.
+    sums = np.empty((2, count), np.uint64)
+    tokens, folded = np.empty((2, count), np.uint64)
+    tokens[:users] = request.user
+    tokens[:users] *= _USER
+    np.matmul(_unsigned(request.events), _keys(request.events.shape[1]), out=tokens[users:])
+    places = _places(1 << count.bit_length())
+    tokens[:users] += places[0, :users]
+    tokens[users:seen] += places[1, users:seen]
+    tokens[seen:] += places[2, seen:count]
+    for lane, folds in enumerate(_FOLDS):  # multiply and fold, so that every bit reaches every other
+        for factor, shift in folds:
             tokens *= factor
             np.right_shift(tokens, shift, out=folded)
             tokens ^= folded
@@ -161,10 +167,15 @@ def _sums(request: RankingRequest) -> NDArray[np.uint64]:
     return sums
 
 
+def _unsigned(ids: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
+    """Ids as they lie there, where they are of 64 bits."""
+    return ids.view(np.uint64) if ids.dtype == np.int64 and ids.strides[-1] == 8 else ids.astype(np.uint64)
+
+
 @functools.cache
 def _places(count: int) -> NDArray[np.uint64]:
-    """What a token's place adds, for the first `count` of them."""
-    return np.arange(1, count + 1, dtype=np.uint64) * _PLACE
+    """[3, count]: what a token's place adds, and its kind: user, static, realtime."""
+    return np.arange(1, count + 1, dtype=np.uint64) * _PLACE + np.array([[0], [_STATIC], [_REALTIME]], np.uint64)
 
 
 @functools.cache

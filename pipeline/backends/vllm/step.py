@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,9 +47,13 @@ class Room:
         """Rows of a query tile."""
         return 64 if self.rows <= SMALL else 128
 
-    def shapes(self, columns: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Of a step's arrays, in their order; `columns` are those of users, events, candidates and cross features."""
+    def shapes(self, columns: Sequence[int], pages: int = 0) -> dict[str, tuple[int, ...]]:
+        """Of a step's arrays, in their order; `columns` are those of users, events, candidates and cross features.
+
+        With `pages` a request, the block table and the rows' slots are among them; else they are vLLM's, and lie elsewhere.
+        """
         users, events, candidates, cross = columns
+        places = {"table": (self.requests, pages), "slots": (self.rows,)} if pages else {}
         return {
             "user_ids": (self.requests, users),
             "event_ids": (self.events, events),
@@ -58,6 +63,7 @@ class Room:
             "tiles": (self.tiles, COLUMNS),
             **dict.fromkeys(("candidate_rows", "candidate_limit"), (self.candidates,)),
             "candidate_tiles": (self.candidate_tiles, COLUMNS),
+            **places,
         }
 
 
@@ -103,6 +109,51 @@ class Step:
     candidate_rows: Tensor  # [C] rows of T
     candidate_limit: Tensor  # [C]
     candidate_tiles: Tensor  # [m, 8]
+    table: Tensor | None = None  # [B, pages] blocks of each history, where the step brings them
+    slots: Tensor | None = None  # [T] block * page + place of history rows
+
+
+class Blocks(NamedTuple):
+    """Where the histories of a step lie."""
+
+    ids: Sequence[Sequence[int]]  # of each request, vLLM's: blocks of `size` tokens
+    size: int
+    page: int
+    """Tokens to a page of the kernels, which divides `size`: vLLM cuts blocks that kernels do not know into pages that follow each other."""
+    pages: int
+    """To a row of the block table: those of the longest request's blocks."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arranged:
+    """A step's arrays on the host, before they are sent: B requests of this many tokens each."""
+
+    history: list[int]
+    rows: list[int]
+    candidates: list[int]
+    block: int
+    room: Room | None
+    arrays: dict[str, NDArray[Any]]
+    shapes: dict[str, tuple[int, ...]]
+
+    def write(self, flat: Ints) -> None:
+        """All into `flat`, of as many `words` as the shapes have.
+
+        Rows that a room has beyond the step's are candidates that see nothing: nothing of theirs goes into a page.
+        """
+        at = 0
+        for name, shape in self.shapes.items():
+            own, whole = self.arrays[name].reshape(-1), prod(shape)
+            flat[at : at + own.size] = own.view(np.int32) if name == "cross" else own
+            if own.size < whole:
+                flat[at + own.size : at + whole] = CANDIDATE if name == "kind" else 0
+            at += -(-whole // 4) * 4
+
+    def step(self, flat: Tensor) -> Step:
+        """Of what was written, wherever that is now."""
+        return Step(
+            history=self.history, rows=self.rows, candidates=self.candidates, block=self.block, room=self.room, flat=flat, **views(flat, self.shapes)
+        )
 
 
 def plan(
@@ -114,10 +165,27 @@ def plan(
     dynamic: bool = True,
     graphs: Sequence[Room] = (),
 ) -> Step:
+    """The step that `arranged` makes of the same, on `device`."""
+    made = arranged(parts, computed, scheduled, dynamic=dynamic, graphs=graphs)
+    # All in one copy: they are many and small, and each copy costs as much as its kernel launch.
+    host = torch.empty(words(made.shapes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    made.write(host.numpy())
+    return made.step(host.to(device, non_blocking=True))
+
+
+def arranged(
+    parts: Sequence[Parts],
+    computed: Sequence[int],
+    scheduled: Sequence[int],
+    *,
+    dynamic: bool = True,
+    graphs: Sequence[Room] = (),
+    blocks: Blocks | None = None,
+) -> Arranged:
     """The step that computes `scheduled` tokens of each request after the first `computed`. `dynamic` False makes the history causal.
 
-    It takes the room of the first of the `graphs` (as of `rooms`) that holds it, if there is one. Raises RuntimeError for a step that leaves
-    part of a request, or begins behind its history: its scores would be wrong.
+    With `blocks` it also says where its histories lie. It takes the room of the first of the `graphs` (as of `rooms`) that holds it, if there is
+    one. Raises RuntimeError for a step that leaves part of a request, or begins behind its history: its scores would be wrong.
     """
     # What there is one of a request is counted in Python: a call of numpy costs as much as ten additions there, and most steps have few requests.
     history, rows, offered, known, events, skipped, runs, moved, shifts, gaps = _lists(10)
@@ -171,9 +239,31 @@ def plan(
         "candidate_limit": candidate_limit,
         "candidate_tiles": candidate_tiles(tiles, np.array(rows, np.int32)),
     }
-    shapes = room.shapes((lengths.user, lengths.event_columns, lengths.candidate_columns, lengths.cross_columns))
-    flat = _sent(arrays, shapes, device)
-    return Step(history=history, rows=rows, candidates=offered, block=room.block, room=held, flat=flat, **views(flat, shapes))
+    if blocks is not None:
+        arrays |= _places(blocks, history, rows, computed, scheduled)
+    shapes = room.shapes((lengths.user, lengths.event_columns, lengths.candidate_columns, lengths.cross_columns), blocks.pages if blocks else 0)
+    return Arranged(history=history, rows=rows, candidates=offered, block=room.block, room=held, arrays=arrays, shapes=shapes)
+
+
+def _places(blocks: Blocks, history: Sequence[int], rows: Sequence[int], computed: Sequence[int], scheduled: Sequence[int]) -> dict[str, Ints]:
+    """The block table [B, pages] and the slots [T] of history rows; candidates' are 0, and nobody's."""
+    size, split = blocks.size, blocks.size // blocks.page
+    table: Ints = np.zeros((len(history), blocks.pages // split, split), np.int32)
+    slots: Ints = np.zeros(sum(scheduled), np.int32)
+    within, start = np.arange(split, dtype=np.int32), 0
+    for number, (ids, past, count, found, asked) in enumerate(zip(blocks.ids, history, rows, computed, scheduled, strict=True)):
+        used = -(-past // size)
+        if used > len(ids):
+            raise RuntimeError(
+                f"a history of {past} tokens lies in {used} blocks of {size}, vLLM names {len(ids)}; this version tells them otherwise"
+            )
+        own = np.array(ids[:used], np.int32)
+        table[number, :used] = own[:, None] * split + within
+        if count:
+            place = np.arange(found, past, dtype=np.int32)
+            slots[start : start + count] = own[place // size] * size + place % size
+        start += asked
+    return {"table": table.reshape(len(history), -1), "slots": slots}
 
 
 def _lists(count: int) -> tuple[list[int], ...]:
@@ -210,19 +300,3 @@ def views(flat: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]
         found[name] = part.view(torch.float32) if name == "cross" else part
         at += -(-prod(shape) // 4) * 4
     return found
-
-
-def _sent(arrays: dict[str, NDArray[np.generic]], shapes: dict[str, tuple[int, ...]], device: torch.device) -> Tensor:
-    """All on `device`, in one copy: they are many and small, and each copy costs as much as its kernel launch.
-
-    Rows that a room has beyond the step's are candidates that see nothing: nothing of theirs goes into a page.
-    """
-    host = torch.empty(words(shapes), dtype=torch.int32, pin_memory=device.type == "cuda")
-    flat, at = host.numpy(), 0
-    for name, shape in shapes.items():
-        own, whole = arrays[name].reshape(-1), prod(shape)
-        flat[at : at + own.size] = own.view(np.int32) if name == "cross" else own
-        if own.size < whole:
-            flat[at + own.size : at + whole] = CANDIDATE if name == "kind" else 0
-        at += -(-whole // 4) * 4
-    return host.to(device, non_blocking=True)

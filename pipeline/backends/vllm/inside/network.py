@@ -53,13 +53,13 @@ class MtgrForRanking(nn.Module):
         """Not how tokens are made here: ids only name them. vLLM looks for the method all the same."""
         return torch.zeros(len(input_ids), self.config.d_model, device=input_ids.device)
 
-    def capture(self, table: Tensor, slots: Tensor, rooms: Sequence[Room]) -> None:
-        """Make CUDA graphs of steps of these `rooms`; `table` and `slots` are the runner's own, whole."""
+    def capture(self, rooms: Sequence[Room], places: Any) -> None:
+        """Make CUDA graphs of steps of these `rooms`; `places` as of StepGraphs."""
         from pipeline.backends.vllm.inside.graphs import StepGraphs
         from pipeline.backends.vllm.inside.paged import PagedNetwork
 
         assert isinstance(self.network, PagedNetwork), "graphs are of the kernels' network"
-        self.graphs = StepGraphs(self.network.score, table, slots, rooms, self.network.columns)
+        self.graphs = StepGraphs(self.network.score, rooms, self.network.columns, self.network.device, places)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None, step: Step | None = None

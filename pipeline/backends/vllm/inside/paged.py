@@ -33,6 +33,13 @@ class Pages(NamedTuple):
     slots: Tensor
 
 
+def pages_of(step: Step) -> Pages:
+    """Of a step that brings them."""
+    assert step.table is not None, "a step that says where its histories lie"
+    assert step.slots is not None
+    return Pages(step.table, step.slots)
+
+
 class PagedBlock(Block):
     """A layer with a cache, `self.cached`: vLLM's layer of the same number, a tuple of one because it is no part of this one."""
 
@@ -116,9 +123,9 @@ class PagedNetwork(nn.Module):
         return self.score(dry, Pages(nowhere, torch.zeros(rows, dtype=torch.int64, device=dry.flat.device))).zero_()
 
 
-def dry_step(room: Room, columns: tuple[int, ...], device: torch.device, flat: Tensor | None = None) -> Step:
-    """A step of `room` in which nothing is done, for profiling and capture; perhaps within `flat`."""
-    shapes = room.shapes(columns)
+def dry_step(room: Room, columns: tuple[int, ...], device: torch.device, flat: Tensor | None = None, pages: int = 0) -> Step:
+    """A step of `room` in which nothing is done, for profiling and capture; perhaps within `flat`, and with room for `pages` a request."""
+    shapes = room.shapes(columns, pages)
     flat = torch.empty(words(shapes), dtype=torch.int32, device=device) if flat is None else flat
     flat.zero_()
     arrays = views(flat, shapes)

@@ -89,8 +89,9 @@ class ToldWorker(MtgrWorker):
         if self.captured:  # by us; vLLM is told to leave it
             found |= {"engine.enforce_eager": False, "engine.cudagraph_mode": "STEP"}
             found["engine.cudagraph_capture_tokens"] = reach(self.captured[-1].rows, self.vllm_config)
-        return found
+        return {**found, "engine.runner": "own" if self.own else "vllm"}
 
     def counts(self) -> dict[str, float]:
         """Totals: steps, rows computed in them, and what was compiled since `read_back`, which is asked once the engine stands."""
-        return {"batches": self.steps, "computed_tokens": self.rows, "compilations": compilations() - self.compiled}
+        steps, rows = (self.own.steps, self.own.rows) if self.own else (0, 0)
+        return {"batches": self.steps + steps, "computed_tokens": self.rows + rows, "compilations": compilations() - self.compiled}

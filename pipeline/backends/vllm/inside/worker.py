@@ -1,4 +1,4 @@
-"""vLLM's worker, which also hands the model the requests' features.
+"""vLLM's worker, which also hands the model the requests' features, or computes steps by itself (`runner`).
 
 A model sees token ids and positions only. The runner, which holds the step's requests with their parameters, asks one method for further arguments of
 the model's forward; that method is the door.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import torch
 from vllm.platforms import current_platform
 
 from pipeline.backends.vllm.payload import KEY, decode
@@ -27,17 +28,35 @@ class MtgrWorker(Worker):
         super().init_device()
         runner = self.model_runner
         self.captured: tuple[Room, ...] = ()
+        self.own: Any = None
+        """A StepRunner, where steps go past vLLM's runner."""
         runner._init_model_kwargs = lambda *_: step_of(runner, self.captured)
 
     def compile_or_warm_up_model(self) -> Any:
         """And capture steps: by now the pages have their place."""
         times = super().compile_or_warm_up_model()
-        captured = rooms(self.vllm_config.additional_config.get("capture", ()))
-        if captured and self.model_runner.get_model().kernels:
-            batch = self.model_runner.input_batch.block_table[0]
-            self.model_runner.get_model().capture(batch.block_table.gpu, batch.slot_mapping.gpu, captured)
+        model = self.model_runner.get_model()
+        if not model.kernels:
+            return times
+        from pipeline.backends.vllm.inside.paged import Pages
+        from pipeline.backends.vllm.inside.runner import StepRunner
+
+        config, (cache,) = self.vllm_config, self.model_runner.kv_cache_config.kv_cache_groups
+        own, batch = config.additional_config, self.model_runner.input_batch.block_table[0]
+        if config.kv_transfer_config is None and own.get("runner", True):
+            pages = self.model_runner.kv_caches[0].shape[2]
+            self.own = StepRunner(model, self.device, size=cache.kv_cache_spec.block_size, page=pages, longest=config.model_config.max_model_len)
+        if captured := rooms(own.get("capture", ())):
+            model.capture(captured, self.own.pages if self.own else Pages(batch.block_table.gpu, batch.slot_mapping.gpu))
             self.captured = captured
+            if self.own:
+                self.own.graphs = captured
         return times
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """A step."""
+        return self.own.execute(scheduler_output) if self.own else super().execute_model(scheduler_output)
 
 
 def step_of(runner: Any, graphs: tuple[Room, ...] = ()) -> dict[str, Any]:

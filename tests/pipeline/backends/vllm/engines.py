@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from model.checkpoint import save
@@ -46,8 +47,10 @@ class Engine:
     def score(self, requests: Sequence[RankingRequest], salted: bool = True) -> list[Answer]:
         """All at once."""
         inputs, params = zip(*prompts(requests, salted), strict=True)
+        from pipeline.backends.vllm.core import scores_of
+
         outputs = self.llm.encode([*inputs], [*params], pooling_task="plugin", use_tqdm=False)
-        return [Answer(o.outputs.data.numpy(), o.num_cached_tokens) for o in outputs]
+        return [Answer(scores_of(torch.as_tensor, o.outputs.data).numpy(), o.num_cached_tokens) for o in outputs]
 
 
 def prompts(requests: Sequence[RankingRequest], salted: bool = True) -> list[tuple[Any, Any]]:

@@ -70,8 +70,8 @@ def test_which_steps_take_a_graph(engine: Engine, monkeypatch: pytest.MonkeyPatc
     if model.graphs is None:
         pytest.skip("of graphs")
     taken: list[int] = []
-    score = model.graphs.score
-    monkeypatch.setattr(model.graphs, "score", lambda step: taken.append(step.room.rows) or score(step))
+    replay = model.graphs.replay
+    monkeypatch.setattr(model.graphs, "replay", lambda room, flat: taken.append(room.rows) or replay(room, flat))
     rng = np.random.default_rng(2)
     user = random_request(rng, static=30, realtime=34, candidates=20)
     for later, sizes in (

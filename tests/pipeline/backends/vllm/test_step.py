@@ -9,8 +9,9 @@ import torch
 from model.jagged import pack_jagged
 from model.kernels import reference
 from model.kernels.tiles import ROWS
+from model.packing import CANDIDATE
 from pipeline.backends.vllm.payload import Parts, decode, encode
-from pipeline.backends.vllm.step import SMALL, Step, plan, rooms
+from pipeline.backends.vllm.step import SMALL, Blocks, Step, arranged, plan, rooms, words
 from pipeline.contracts import RankingRequest
 from tests.factories import jagged_requests, random_request
 from tests.model.kernels.cases import DEVICE, TOLERANCE, distance
@@ -163,3 +164,35 @@ def test_attention_over_pages_is_that_over_whole_requests(seed: int, last: bool,
     kernels = pytest.importorskip("model.kernels.attention", reason="Triton is not installed", exc_type=ImportError)
     got = kernels.forward(q, k, v, tiles, limit, heads=HEADS, block_m=step.block, alpha=0.2, scale=0.1, cache=cache, table=table)
     assert distance(got, wanted) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("size", "page"), [(16, 16), (48, 16), (128, 128), (512, 256)])
+def test_where_histories_lie_is_what_vllm_makes_of_their_blocks(size: int, page: int) -> None:
+    """A block of vLLM's is so many pages that follow each other; candidates, and what a room has beyond a step, lie nowhere."""
+    rng = np.random.default_rng(size)
+    requests = [*jagged_requests(rng, 4), random_request(rng, static=90, realtime=60, candidates=20)]
+    computed = [int(c) // size * size for c in some_computed(rng, requests)]
+    computed[-1] = 152 // size * size
+    ids = [rng.permutation(40)[: -(-r.tokens // size)].tolist() for r in requests]
+    longest = -(-256 // size) * (size // page)
+    parts, left = parts_of(requests), [r.tokens - c for r, c in zip(requests, computed, strict=True)]
+    made = arranged(parts, computed, left, graphs=rooms((512,)), blocks=Blocks(ids, size, page, longest))
+    assert made.room
+    flat = np.full(words(made.shapes), -7, np.int32)
+    made.write(flat)
+    step = made.step(torch.from_numpy(flat))
+    assert step.table is not None
+    assert step.slots is not None
+    assert (step.table.shape, step.slots.shape) == ((made.room.requests, longest), (made.room.rows,))
+    row = 0
+    for number, (request, found) in enumerate(zip(requests, computed, strict=True)):
+        history = request.tokens - len(request.candidates)
+        for token in range(found, request.tokens):
+            place = ids[number][token // size] * size + token % size if token < history else 0
+            assert step.slots[row] == place
+            row += 1
+        pages = [ids[number][token // size] * (size // page) + token % size // page for token in range(0, history, page)]
+        assert step.table[number, : len(pages)].tolist() == pages
+    assert not step.slots[row:].any()
+    assert not step.table[len(requests) :].any()
+    assert (step.kind[row:] == CANDIDATE).all()
