@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from pipeline import gate, goals, quality, stages
@@ -33,6 +34,7 @@ ROWS = (
 BYTES = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5}
 """Of a precision, as a share of float32's."""
 PLACES = ("checkpoint=", "inputs=", "paths.", "study.name=")
+NOT_FINITE = "not finite"
 FIGURES = ("auc", "gauc", "auc_loss_upper", "gauc_loss_upper", "calibration_drift", "auc_users")
 
 Row = dict[str, Any]
@@ -44,8 +46,8 @@ def main(arguments: Sequence[str]) -> int:
 
     chosen = [a.partition("=")[2] for a in arguments if a.startswith("recipes=")]
     rows = tuple(yaml.safe_load(chosen[-1])) if chosen else ROWS
-    if unknown := sorted(set(rows) - set(ROWS)):
-        raise UserError(f"bench recipes takes recipes out of {', '.join(ROWS)}, got {', '.join(map(str, unknown))}")
+    if not rows or (unknown := sorted(set(rows) - set(ROWS))):
+        raise UserError(f"bench recipes takes recipes out of {', '.join(ROWS)}, got {', '.join(map(str, unknown)) if rows else 'none'}")
     overrides = [a for a in arguments if not a.startswith("recipes=")]
     config, _ = compose(overrides, "bench recipes")
     with View(("data", "training", "requests", "recipes")) as view:
@@ -56,20 +58,24 @@ def main(arguments: Sequence[str]) -> int:
         with view.stage("requests"):
             inputs = stages.requests(config, prepared, checkpoint, view.line)
         with view.stage("recipes"):
-            found = [measure(config, name, checkpoint, inputs, view.doing, view.line) for name in rows]
-    folder = Path(config.paths.reports) / "recipes"
-    case = {
+            found: list[Row] = []
+            for name in rows:  # what there is is kept: a large model takes minutes a row
+                found.append(measure(config, name, checkpoint, inputs, view.doing, view.line))
+                keep(Path(config.paths.reports) / "recipes", config.study.name, case := _case(config, arguments, checkpoint, found))
+    show(config.study.name, *_summary(case), f"kept in {config.paths.reports}/recipes")
+    return 0
+
+
+def _case(config: TuneConfig, arguments: Sequence[str], checkpoint: stages.Checkpoint, rows: Sequence[Row]) -> Row:
+    return {
         # Less where things lie on this machine: the command that makes all of it elsewhere.
         "command": " ".join(["python -m pipeline bench recipes", *(a for a in arguments if not a.startswith(PLACES))]),
         "model": dict(checkpoint.model),
         "training": {name: value for name, value in _told(checkpoint.folder).items() if name in ("train_seconds", "epochs", "parameters")},
         "heads": list(checkpoint.heads),
         "margin": config.goal.accuracy_margin,
-        "rows": found,
+        "rows": list(rows),
     }
-    keep(folder, config.study.name, case)
-    show(config.study.name, *_summary(case), f"kept in {folder}")
-    return 0
 
 
 def measure(
@@ -88,15 +94,16 @@ def measure(
 
 
 def judge(samples: Sequence[LabelledRequest], scores: Sequence[Any], expected: Sequence[Any], heads: Sequence[str], margin: float, name: str) -> Row:
-    """What a trial with these scores would be told."""
-    from pipeline.backends import tolerance
-
+    """What a trial with these scores would be told; no figures where some are not finite."""
+    if bad := sum(int((~np.isfinite(score)).sum()) for score in scores):
+        nothing = {**dict.fromkeys(FIGURES), "verdict": NOT_FINITE}
+        refused = f"the engine must give finite scores, got {bad} that are not"
+        return {"score_diff/max": None, "score_diff/p50": None, "refused": refused, "heads": dict.fromkeys(heads, nothing), "verdict": NOT_FINITE}
     metrics, _ = quality.compare(samples, scores, expected, heads)
     goal = Goal(objectives=(), bounds=tuple(goals.accuracy_bounds(heads, margin)))
     judgements = gate.judgements(goal, metrics)
     row: Row = {"score_diff/max": metrics["score_diff/max"], "score_diff/p50": metrics["score_diff/p50"], "refused": "", "heads": {}}
     settings = {"build.precision": name} if name in PRECISIONS else {"quant.recipe": name}
-    row["tolerance"] = tolerance.SCORE[tolerance.precision(settings)]
     try:
         quality.check_scores(metrics, settings)
     except SettingsError as error:
@@ -147,7 +154,9 @@ INTRODUCTION = """Each row is the same checkpoint, scored in plain torch with ev
 AUC and GAUC lose against float32 (the larger of the two), *verdict* the gate's: it passes where that is within the margin, fails where even the lower
 bound is beyond it, and cannot decide where the test users are too few. *File* is model.safetensors, in which rounded layers still stand as float32 on
 their grids; *packed* is what the same weights take at their own widths with their scales. *Largest* and *median* are the largest difference of any
-score, and of the scores of the median request; a row marked ! would be refused by a trial for them. Drift is the change of a head's mean score."""
+score, and of the scores of the median request; a row marked ! would be refused by a trial for them. Drift is the change of a head's mean score.
+fp16 here is plain torch's, which rounds each sum over a history before it is divided by N: it overflows in wide models, where kernels that sum in
+float32 do not."""
 
 
 def _told(checkpoint: Path) -> Mapping[str, float]:
@@ -161,8 +170,9 @@ def _summary(case: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, 
     rows = []
     for row in case["rows"]:
         heads = (f"{row['heads'][head]['verdict'] or '-'} ({_worst(row['heads'][head])})" for head in case["heads"])
-        largest = f"{row['score_diff/max']:.1e}{' !' if row['refused'] else ''}"
-        rows.append((row["name"], f"{row['file'] / 1e6:.2f}", f"{row['packed'] / 1e6:.2f}", largest, f"{row['score_diff/p50']:.1e}", *heads))
+        largest = _number(row["score_diff/max"], ".1e") + (" !" if row["refused"] else "")
+        median = _number(row["score_diff/p50"], ".1e")
+        rows.append((row["name"], f"{row['file'] / 1e6:.2f}", f"{row['packed'] / 1e6:.2f}", largest, median, *heads))
     return header, rows
 
 

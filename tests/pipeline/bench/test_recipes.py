@@ -52,6 +52,15 @@ def test_a_row_that_a_trial_would_refuse_is_marked(samples: list[LabelledRequest
     assert not row(samples, "fp16", 1e-3)["refused"]
 
 
+def test_scores_that_are_not_finite_have_no_figures(samples: list[LabelledRequest], tmp_path: Path) -> None:
+    found = row(samples, "fp16", float("nan"))
+    assert found["verdict"] == found["heads"][HEADS[2]]["verdict"] == "not finite"
+    assert "got 4800 that are not" in found["refused"]
+    case = {"command": "a", "model": {"d_model": 64, "layers": 3}, "training": {}, "heads": list(HEADS), "margin": 5e-4, "rows": [found]}
+    recipes.keep(tmp_path, "one", case)
+    assert "| fp16 | 1.00 | 0.50 | - ! | - | not finite (no figure) |" in (tmp_path / "report.md").read_text()
+
+
 def test_cases_are_kept_side_by_side(samples: list[LabelledRequest], tmp_path: Path) -> None:
     case = {"command": "a command", "model": {"d_model": 64, "layers": 3}, "training": {"epochs": 2.0}, "heads": list(HEADS), "margin": 5e-4}
     recipes.keep(tmp_path, "one", {**case, "rows": [row(samples, "fp32", 0.0), row(samples, "nvfp4", 0.1)]})
@@ -70,3 +79,5 @@ def test_every_row_is_a_recipe_or_a_precision() -> None:
     assert set(recipes.ROWS) - set(recipes.PRECISIONS) <= set(EVERY)
     with pytest.raises(UserError, match=r"bench recipes takes recipes out of fp32, .*, got int3$"):
         recipes.main(["recipes=[int3,fp16]"])
+    with pytest.raises(UserError, match=r"got none$"):
+        recipes.main(["recipes=[]"])
