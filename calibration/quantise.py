@@ -1,9 +1,9 @@
 """From a checkpoint to a quantised one: calibrate, save, restore, export, compare; the manifest last.
 
-The folder holds the quantised model twice: as the quantiser's own state, from which it comes back bit for bit, and as engines read it. That
-is ONNX with Q/DQ nodes for int8; for fp8 it is weights on their grid with the input scales of `scales` in config.json, and no graph, because
-no engine here reads one in fp8. Quantisation runs on the CPU, so that its result does not depend on the machine's device.
-The quantiser is imported inside functions, because it takes seconds.
+The folder holds the model as engines read it: model.safetensors, with weights on their grids and tables of one byte a value, and how each layer
+rounds its input in config.json; for int8 also an ONNX graph with Q/DQ nodes. Where the quantiser made it, its own state lies beside, from which the
+calibrated model comes back bit for bit. Quantisation runs on the CPU, so that its result does not depend on the machine's device. The quantiser is
+imported inside functions, because it takes seconds.
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from calibration import parity, samples, scales
+from calibration import nvfp4, parity, samples, scales, tables
+from calibration.attention import registered
 from calibration.recipes import Recipe, get
 from model import checkpoint as checkpoints
 from model.batch import pack
 from model.export import export_onnx
 from model.network import MTGR
+from model.rounded import Rounding, apply
 from pipeline.contracts import RankingRequest
 from pipeline.errors import CheckpointError, UserError
 from pipeline.requests import load_requests, validate
@@ -56,58 +61,155 @@ def quantise(checkpoint: Path, recipe: str, requests: Path, out: Path, progress:
     samples.check(calibration)
     for request in calibration:
         validate(request, model.schema, model.config.max_seq_len)
+    _require_layers(model, chosen)
 
     out.mkdir(parents=True, exist_ok=True)
     compared = calibration[:COMPARED]
     unrounded = _scores(model, compared)
-    progress(0.1, "importing the quantiser")
-    model = calibrate(model, chosen, calibration, lambda share: progress(0.3 + 0.3 * share, f"calibrating {recipe}"))
-    progress(0.6, "saving and restoring")
-    save_state(model, out / STATE)
-    _require_same(model, restore(checkpoint, out / STATE))
-    progress(0.7, f"writing what engines read of {chosen.number}, and comparing it with the model")
-    figures, described = (_graph if chosen.number == "int8" else _weights_and_scales)(model, out, compared)
+    model = tables.quantise(model, chosen.tables)
+    found, figures = (
+        _by_the_quantiser(checkpoint, model, chosen, calibration, out, progress)
+        if chosen.modelopt
+        else _by_hand(model, chosen, calibration, out, progress)
+    )
     figures["score_diff/float_max"] = float((_scores(model, compared) - unrounded).abs().max())
-    figures["quantised_layers"] = float(sum(name.endswith("weight_quantizer") and module.is_enabled for name, module in model.named_modules()))
+    layers = _layers(model, chosen)
+    figures["quantised_layers"] = float(len(layers))
+    file = (out / WEIGHTS).stat().st_size
+    narrow = sum(4 * layer.weight.numel() - chosen.bytes_of(*layer.weight.shape) for layer in layers.values())
+    figures |= {"bytes/float": float((checkpoint / WEIGHTS).stat().st_size), "bytes/file": float(file), "bytes/packed": file - narrow}
     config = {
         "model": model.config.to_dict(),
         "schema": asdict(model.schema),
-        "recipe": asdict(chosen),
+        "recipe": {**asdict(chosen), "requires": chosen.requires},
         "base": checkpoints.digest(checkpoint),
         "calibration": samples.digest(calibration),
         "calibration_requests": len(calibration),
         "figures": figures,
-        **described,
+        "roundings": {name: rounding.to_dict() for name, rounding in found.items()},
     }
+    if chosen.number == "fp8":
+        config["input_scales"] = {name: found[name].largest / scales.LARGEST for name in layers}
     _seal(out, config)
     progress(1.0, f"quantised by {recipe}, {figures['score_diff/max']:.1e} from the calibrated model")
     return {**figures, "time_s/quantise": monotonic() - started}
 
 
+def _by_the_quantiser(
+    checkpoint: Path, model: MTGR, recipe: Recipe, requests: Sequence[RankingRequest], out: Path, progress: Progress
+) -> tuple[dict[str, Rounding], dict[str, float]]:
+    """Calibrate `model`, save it and write what engines read: roundings, and how far what is written is from the model."""
+    progress(0.1, "importing the quantiser")
+    calibrate(model, recipe, requests, lambda share: progress(0.3 + 0.3 * share, f"calibrating {recipe.name}"))
+    progress(0.6, "saving and restoring")
+    save_state(model, out / STATE)
+    _require_same(model, restore(checkpoint, out / STATE, recipe))
+    progress(0.7, f"writing what engines read of {recipe.name}, and comparing it with the model")
+    found, compared = scales.roundings(model), requests[:COMPARED]
+    scales.write_weights(model, out / WEIGHTS)
+    figures = scales.compare(model, out / WEIGHTS, found, recipe.tables, compared)
+    if recipe.number == "int8":
+        export_onnx(model, out / GRAPH)
+        figures |= parity.compare(model, out / GRAPH, compared)
+    return found, figures
+
+
+def _by_hand(
+    model: MTGR, recipe: Recipe, requests: Sequence[RankingRequest], out: Path, progress: Progress
+) -> tuple[dict[str, Rounding], dict[str, float]]:
+    """The same where the quantiser has no part: in NVFP4, and where only tables are rounded. Here the model becomes what is written."""
+    found: dict[str, Rounding] = {}
+    if recipe.calibrates:
+        with _finite_inputs(model, recipe):
+            forward = _forward(requests, lambda share: progress(0.1 + 0.5 * share, f"calibrating {recipe.name}"))
+            found = nvfp4.calibrate(model, recipe.layers, forward)
+        for name, rounding in found.items():
+            _require_seen(name, rounding.largest > 0)
+    progress(0.7, f"writing what engines read of {recipe.name}")
+    scales.write_weights(model, out / WEIGHTS)
+    apply(model, {name: rounding.to_dict() for name, rounding in found.items()})
+    return found, {"score_diff/max": 0.0}
+
+
 def calibrate(model: MTGR, recipe: Recipe, requests: Sequence[RankingRequest], progress: Callable[[float], None]) -> MTGR:
-    """The fake-quantised model; `model` itself is changed. Raises UserError where a layer saw no values."""
+    """The fake-quantised model; `model` itself is changed. Raises UserError where a layer saw no values, or some that are not finite."""
     import modelopt.torch.quantization as mtq
 
+    if recipe.sparse:
+        sparsify(model, recipe)
+    with torch.no_grad(), warnings.catch_warnings(), registered(recipe), _finite_inputs(model, recipe):
+        warnings.filterwarnings("ignore", message=".*is not calibrated, skip smoothing")  # the layers that the recipe leaves in float
+        model = mtq.quantize(model, recipe.modelopt_config(), _forward(requests, progress))
+    for name, module in model.named_modules():
+        if name.endswith("_quantizer") and module.is_enabled:
+            _require_seen(name, _sound(module.amax))
+    _put_weights_on_their_grid(model)
+    if recipe.number == "fp8":
+        scales.unite(model)
+    return model
+
+
+def sparsify(model: MTGR, recipe: Recipe) -> None:
+    """Zero the two smaller of each four neighbouring weights of a row, in place."""
+    with torch.no_grad():
+        for layer in _layers(model, recipe).values():
+            groups = layer.weight.view(-1, 4)  # a view: the layer's own memory
+            groups.scatter_(1, groups.abs().argsort(dim=1, stable=True)[:, :2], 0.0)
+
+
+def _forward(requests: Sequence[RankingRequest], progress: Callable[[float], None]) -> Callable[[MTGR], None]:
+    """Runs a model over all requests. An algorithm may ask for more than one pass; progress counts the first."""
     seen = 0
 
     def forward(module: MTGR) -> None:
-        # An algorithm may ask for more than one pass; progress counts the first.
         nonlocal seen
         for start in range(0, len(requests), BATCH):
             module(*pack(requests[start : start + BATCH]).tensors())
             seen += BATCH
             progress(min(1.0, seen / len(requests)))
 
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is not calibrated, skip smoothing")  # the layers that the recipe leaves in float
-        model = mtq.quantize(model, recipe.modelopt_config(), forward)
-    for name, module in model.named_modules():
-        if name.endswith("_quantizer") and module.is_enabled and not _sound(module.amax):
-            raise UserError(f"{name} must see finite values other than zero in calibration and saw none; use requests with a history and candidates")
-    _put_weights_on_their_grid(model)
-    if recipe.number == "fp8":
-        scales.unite(model)
-    return model
+    return forward
+
+
+def _layers(model: MTGR, recipe: Recipe) -> dict[str, Any]:
+    """The linear layers that the recipe quantises, by module name."""
+    if not recipe.calibrates:
+        return {}
+    modules: dict[str, Any] = dict(model.named_modules())
+    linear = {name: module for name, module in modules.items() if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2}
+    return {name: module for name, module in linear.items() if any(fnmatch(name, pattern) for pattern in recipe.layers)}
+
+
+def _require_seen(name: str, seen: bool) -> None:
+    if not seen:
+        raise UserError(f"{name} must see finite values other than zero in calibration and saw none; use requests with a history and candidates")
+
+
+def _require_layers(model: MTGR, recipe: Recipe) -> None:
+    if recipe.attention != "float" and model.config.layer != "hstu":
+        raise UserError(f"{recipe.name} rounds the attention of layer=hstu, and this model is {model.config.layer}; use another recipe")
+
+
+@contextmanager
+def _finite_inputs(model: MTGR, recipe: Recipe) -> Iterator[None]:
+    """While open, the first value given to a quantised layer that is not finite raises UserError, before any range is taken from it."""
+
+    def watch(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if bad := int((~torch.isfinite(inputs[0])).sum()):
+                raise UserError(
+                    f"calibration needs finite values in every layer, but {name} was given {bad} that are not: weights or requests are far out of "
+                    "range; score the calibration requests with the checkpoint as trained, and train again where that is not finite either"
+                )
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in _layers(model, recipe).items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _put_weights_on_their_grid(model: MTGR) -> None:
@@ -127,12 +229,13 @@ def save_state(model: MTGR, path: Path) -> None:
     mto.save(model, str(path))
 
 
-def restore(checkpoint: Path, state: Path) -> MTGR:
+def restore(checkpoint: Path, state: Path, recipe: Recipe) -> MTGR:
     """The fake-quantised model as it was saved; `checkpoint` gives the architecture."""
     import modelopt.torch.opt as mto
 
-    model = MTGR(*checkpoints.read_config(checkpoint))
-    restored: MTGR = mto.restore(model, str(state))
+    model = tables.empty(MTGR(*checkpoints.read_config(checkpoint)), recipe.tables)
+    with registered(recipe):
+        restored: MTGR = mto.restore(model, str(state))
     return restored.eval()
 
 
@@ -172,19 +275,6 @@ def _equal(one: Any, other: Any) -> bool:
 def _scores(model: MTGR, requests: Sequence[RankingRequest]) -> torch.Tensor:
     with torch.inference_mode():
         return model(*pack(requests).tensors())
-
-
-def _graph(model: MTGR, out: Path, requests: Sequence[RankingRequest]) -> tuple[dict[str, float], dict[str, Any]]:
-    """model.onnx; its figures, and nothing for config.json."""
-    export_onnx(model, out / GRAPH)
-    return parity.compare(model, out / GRAPH, requests), {}
-
-
-def _weights_and_scales(model: MTGR, out: Path, requests: Sequence[RankingRequest]) -> tuple[dict[str, float], dict[str, Any]]:
-    """model.safetensors; its figures, and the input scales for config.json."""
-    scales.write_weights(model, out / WEIGHTS)
-    found = scales.input_scales(model)
-    return scales.compare(model, out / WEIGHTS, found, requests), {"input_scales": found}
 
 
 def _seal(out: Path, config: dict[str, Any]) -> None:

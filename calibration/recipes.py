@@ -1,15 +1,18 @@
 """Recipes of post-training quantisation, and what each asks of the quantiser.
 
-Per channel in weights and per tensor in activations: int8, which engines on a CPU run with integer kernels, or fp8 (E4M3) for our
-kernels on a GPU. Quantised are the linear layers of the blocks, where nine tenths of the dense work is. Embedding tables, input MLPs,
-norms and heads stay in float: they are cheap, and the heads' errors reach the scores undamped. The quantiser's stock lists are not
-used, because they skip layers by names that mean nothing here. Entropy calibration is left out: on this model it was several times
-worse than max. So is SmoothQuant in fp8, whose steps grow with the value, so that an outlying channel does not coarsen the others.
+A recipe is named by quant.recipe, and says two things that do not depend on each other: how the linear layers of the blocks are rounded, where
+nine tenths of the dense work is, and how the rows of the embedding tables are, where nearly all bytes are. `int8_max` is one of the former,
+`tables_int8` one of the latter, `int8_max+tables_int8` both. Input MLPs, norms and heads stay in float: they are cheap, and the heads' errors reach
+the scores undamped. fp16 and bf16 are no recipes: nothing is calibrated, and build.precision says them already.
+
+The quantiser's stock lists are not used, because they skip layers by names that mean nothing here. Entropy calibration is left out: on this model
+it was several times worse than max. So is SmoothQuant in fp8, whose steps grow with the value, so that an outlying channel does not coarsen the
+others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipeline.errors import UserError
@@ -17,45 +20,109 @@ from pipeline.errors import UserError
 NONE = "none"
 """The recipe of a checkpoint as it was trained."""
 
+INT4_BLOCK = 32
+"""Weights along a row that share a scale; divides every d_model."""
+
+CAPABILITY = {"fp8": "8.9", "nvfp4": "10.0"}
+"""Compute capability from which on a GPU multiplies such numbers; int8 is multiplied everywhere, int4 is widened first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How weights and activations are rounded."""
+    """How weights, activations and tables are rounded."""
 
     name: str
-    number: Literal["int8", "fp8"]
-    """What they become. int8 is handed to engines as a graph, fp8 as weights and input scales."""
-    algorithm: Literal["max", "smoothquant"]
-    """max: ranges seen in calibration. smoothquant: the same, after moving outlying channels from activations into weights."""
-    layers: str = "blocks.*"
-    """Pattern over module names of the layers that are quantised."""
+    number: Literal["float", "int8", "fp8", "int4", "nvfp4"] = "float"
+    """What weights and inputs of the linear layers become; int4 rounds the weights alone. int8 has a step a channel in weights and one a tensor in
+    activations, fp8 (E4M3) scales for the same, int4 a step for each `INT4_BLOCK` weights, NVFP4 a scale for each 16 values of either."""
+    algorithm: Literal["max", "smoothquant", "awq_lite"] = "max"
+    """max: ranges seen in calibration. smoothquant: the same, after moving outlying channels from activations into weights. awq_lite: moves
+    channels so that rounded weights disturb the layer's outputs least."""
+    sparse: bool = False
+    """Of four neighbouring weights the two smaller ones are zero, before anything is rounded."""
+    attention: Literal["float", "fp8"] = "float"
+    """What q, k, v and silu(q k) become before the two products of attention."""
+    tables: Literal["float", "int8", "fp8"] = "float"
+    """What the embedding rows become, with a scale a row."""
+    layers: tuple[str, ...] = ("blocks.*",)
+    """Patterns over module names of the linear layers that are quantised."""
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether layers are quantised, for which requests have to be looked at."""
+        return self.number != "float"
+
+    @property
+    def modelopt(self) -> bool:
+        """Whether the quantiser does it. Of NVFP4 it has only kernels for a GPU, of tables nothing that shrinks them."""
+        return self.calibrates and self.number != "nvfp4"
+
+    @property
+    def requires(self) -> str:
+        """The GPU on which it can be faster, in words; empty where any will do. In plain torch every recipe can be scored anywhere."""
+        number = "fp8" if self.attention == "fp8" and self.number != "nvfp4" else self.number
+        return f"a GPU of compute capability {CAPABILITY[number]} or later" if number in CAPABILITY else ""
+
+    def bytes_of(self, rows: int, columns: int) -> float:
+        """What a layer's weights take where an engine keeps them in this number with its scales: float32 a channel, float16 a block of int4."""
+        values = rows * columns
+        if self.number == "int8" and self.sparse:
+            return values * 5 / 8 + 4 * rows  # two bits say where each weight that is left stands
+        return {
+            "float": 4.0 * values,
+            "int8": values + 4.0 * rows,
+            "fp8": values + 4.0 * rows,
+            "int4": values / 2 + 2 * values / INT4_BLOCK,
+            "nvfp4": values / 2 + values / 16,
+        }[self.number]
 
     def modelopt_config(self) -> dict[str, Any]:
         """The configuration `modelopt.torch.quantization.quantize` takes; later entries override earlier ones."""
-        bits = 8 if self.number == "int8" else (4, 3)
-        return {
-            "quant_cfg": [
-                {"quantizer_name": "*", "enable": False},
-                {"quantizer_name": f"{self.layers}.weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}},
-                {"quantizer_name": f"{self.layers}.input_quantizer", "cfg": {"num_bits": bits, "axis": None}},
-                {"quantizer_name": "*norm*", "enable": False},
-            ],
-            "algorithm": self.algorithm,
-        }
+        e4m3 = (4, 3)
+        weights, inputs = {
+            "int8": ({"num_bits": 8, "axis": 0}, {"num_bits": 8, "axis": None}),
+            "fp8": ({"num_bits": e4m3, "axis": 0}, {"num_bits": e4m3, "axis": None}),
+            "int4": ({"num_bits": 4, "block_sizes": {-1: INT4_BLOCK, "type": "static"}}, None),
+        }[self.number]
+        entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+        for layers in self.layers:
+            entries.append({"quantizer_name": f"{layers}.weight_quantizer", "cfg": weights})
+            if inputs:
+                entries.append({"quantizer_name": f"{layers}.input_quantizer", "cfg": inputs})
+            if self.attention == "fp8":
+                entries.append({"quantizer_name": f"{layers}[qkvp]_quantizer", "cfg": {"num_bits": e4m3, "axis": None}})
+        entries.append({"quantizer_name": "*norm*", "enable": False})
+        return {"quant_cfg": entries, "algorithm": self.algorithm}
 
 
-RECIPES = {
+LAYERS = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="int8_max", number="int8", algorithm="max"),
+        Recipe(name="int8_max", number="int8"),
         Recipe(name="int8_smoothquant", number="int8", algorithm="smoothquant"),
-        Recipe(name="fp8_max", number="fp8", algorithm="max"),
+        Recipe(name="int8_sparse", number="int8", sparse=True),
+        Recipe(name="fp8_max", number="fp8"),
+        Recipe(name="fp8_attention", number="fp8", attention="fp8"),
+        Recipe(name="int4_awq", number="int4", algorithm="awq_lite"),
+        Recipe(name="nvfp4", number="nvfp4"),
     )
 }
+"""Recipes of the linear layers."""
+TABLES = {recipe.name: recipe for recipe in (Recipe(name="tables_int8", tables="int8"), Recipe(name="tables_fp8", tables="fp8"))}
+"""Recipes of the embedding tables."""
+RECIPES = {
+    **LAYERS,
+    **TABLES,
+    **{f"{one}+{other}": replace(LAYERS[one], name=f"{one}+{other}", tables=TABLES[other].tables) for one in LAYERS for other in TABLES},
+}
+"""All names that quant.recipe takes."""
 
 
 def get(name: str) -> Recipe:
     """The recipe of that name. Raises UserError naming those there are."""
     if name not in RECIPES:
-        raise UserError(f"quant.recipe is one of {', '.join(RECIPES)} here, got {name!r}; '{NONE}' needs no quantised checkpoint")
+        raise UserError(
+            f"quant.recipe is one of {', '.join(LAYERS)} or {', '.join(TABLES)} here, or one of either with a + between, got {name!r}; "
+            f"'{NONE}' needs no quantised checkpoint"
+        )
     return RECIPES[name]

@@ -1,8 +1,8 @@
-"""What an engine with fp8 products reads of a quantised model: weights on their grid, and one input scale for each linear layer.
+"""What engines of plain torch, and ours with fp8 products, read of a quantised model: weights on their grid, and how each layer's input is rounded.
 
-Weights need no scales beside them. The largest weight of an output channel lies at the end of the format's range, so whoever divides a
-channel by its own largest magnitude finds the calibrated grid again. That weights and scales are enough is proved by `compare`, which
-computes with them alone, without the quantiser. An input scale is what a value is divided by before it is rounded to E4M3.
+Weights need no scales beside them. The largest weight of an output channel (of a block of one, in int4) lies at the end of the format's range, so
+whoever divides by that magnitude finds the calibrated grid again. That weights and roundings are enough is proved by `compare`, which computes with
+them alone, without the quantiser. An input scale is what a value is divided by before it is rounded to E4M3.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
+from calibration.tables import empty
 from model.batch import pack
 from model.network import MTGR
+from model.rounded import FACTORS, Rounding, apply
 from pipeline.contracts import RankingRequest
 
 FP8 = torch.float8_e4m3fn
@@ -36,38 +37,56 @@ def unite(model: MTGR) -> None:
             quantiser.amax = amax
 
 
+def roundings(model: MTGR) -> dict[str, Rounding]:
+    """What each quantised linear layer does to its input, and attention to its factors: by module name, a factor by its attention's and its own."""
+    found = {name: _rounding(module.input_quantizer) for name, module in _quantised(model).items()}
+    for name, quantiser in _factors(model).items():
+        found[name] = _rounding(quantiser)
+    return found
+
+
 def input_scales(model: MTGR) -> dict[str, float]:
-    """Module name of each quantised linear layer -> its input scale."""
-    return {name: float(module.input_quantizer.amax) / LARGEST for name, module in _quantised(model).items()}
+    """Module name of each linear layer of fp8 products -> its input scale."""
+    return {name: found.largest / LARGEST for name, found in roundings(model).items() if name in _quantised(model)}
 
 
 def write_weights(model: MTGR, path: Path) -> None:
-    """The network's own weights, without what the quantiser keeps beside them, as a checkpoint's model.safetensors."""
-    state = model.state_dict()
-    save_file({name: state[name].detach().contiguous() for name in _meta(model).state_dict()}, path)
+    """The network's own weights and tables, without what the quantiser keeps beside them, as a checkpoint's model.safetensors."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in own_state(model).items()}, path)
 
 
-def compare(model: MTGR, path: Path, scales: Mapping[str, float], requests: Sequence[RankingRequest]) -> dict[str, float]:
-    """The fake-quantised model against written weights and scales. Raises AssertionError where they disagree.
+def own_state(model: MTGR) -> dict[str, Tensor]:
+    """The state of the network alone."""
+    return {name: tensor for name, tensor in model.state_dict().items() if "_quantizer" not in name}
 
-    Each layer is given what its fake-quantised twin was given. Whole networks may differ in a last bit that a processor adds up in another
-    order; where that bit decides between two steps of E4M3, the rest of the network differs by far more. Returns layer_diff/max, and
-    score_diff/max of the whole networks.
+
+def compare(model: MTGR, path: Path, found: Mapping[str, Rounding], tables: str, requests: Sequence[RankingRequest]) -> dict[str, float]:
+    """The fake-quantised model against written weights and roundings. Raises AssertionError where they disagree.
+
+    Each layer, and each factor of attention, is given what its fake-quantised twin was given. Whole networks may differ in a last bit that a
+    processor adds up in another order; where that bit decides between two steps, the rest of the network differs by far more. Returns
+    layer_diff/max, and score_diff/max of the whole networks.
     """
-    weights, layers = load_file(path), _quantised(model)
-    if set(scales) != set(layers):
-        raise AssertionError(f"there is a scale for each quantised layer, and they differ in {', '.join(sorted(set(scales) ^ set(layers)))}")
-    kept = model.state_dict()
+    weights, kept = load_file(path), own_state(model)
+    layers: dict[str, Any] = {**_quantised(model), **_factors(model)}
+    if set(found) != set(layers):
+        raise AssertionError(f"there is a rounding for each quantised layer, and they differ in {', '.join(sorted(set(found) ^ set(layers)))}")
     if wrong := [name for name, tensor in weights.items() if not torch.equal(tensor, kept[name])]:
         raise AssertionError(f"written weights are the model's own, but {', '.join(wrong)} of {path} differ")
+    with torch.device("meta"):
+        plain = MTGR(model.config, model.schema)
+    engine = rounded(empty(plain, tables), weights, found)
+    twins: dict[str, nn.Module] = dict(engine.named_modules())
     apart: dict[str, float] = {}
 
     def watch(name: str) -> Any:
-        rounding = _rounding(scales[name])
+        parent, _, last = name.rpartition(".")
+        twin = twins[name if name in twins else f"{parent}.rounds.{last}"]
 
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            wanted = functional.linear(rounding(module, inputs)[0], weights[f"{name}.weight"], weights[f"{name}.bias"])
-            apart[name] = max(apart.get(name, 0.0), float((output - wanted).abs().max() / output.abs().max()))
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            # Between nothing and nothing there is no difference: attention of an empty history.
+            difference = (output - twin(inputs[0])).abs().max() / output.abs().max().clamp(min=1e-30) if output.numel() else 0.0
+            apart[name] = max(apart.get(name, 0.0), float(difference))
 
         return hook
 
@@ -76,43 +95,47 @@ def compare(model: MTGR, path: Path, scales: Mapping[str, float], requests: Sequ
     try:
         with torch.inference_mode():
             scores = model(*batch)
-            difference = float((scores - rounded(_meta(model), weights, scales)(*batch)).abs().max())
+            difference = float((scores - engine(*batch)).abs().max())
     finally:
         for hook in hooks:
             hook.remove()
     worst = max(apart, key=lambda name: apart[name])
     if not apart[worst] <= TOLERANCE:
         raise AssertionError(
-            f"each layer must come within {TOLERANCE} of its fake-quantised twin, and {worst} is off by {apart[worst]:.1e}: its scale is wrong"
+            f"each layer must come within {TOLERANCE} of its fake-quantised twin, and {worst} is off by {apart[worst]:.1e}: its rounding is wrong"
         )
     return {"layer_diff/max": apart[worst], "score_diff/max": difference}
 
 
-def rounded(model: MTGR, weights: Mapping[str, Tensor], scales: Mapping[str, float]) -> MTGR:
-    """`model` with these weights, whose layers named in `scales` round their input to fp8: the slow double of an engine's products."""
+def rounded(model: MTGR, weights: Mapping[str, Tensor], found: Mapping[str, Rounding]) -> MTGR:
+    """`model` with these weights and roundings: the network as engines of plain torch have it."""
     model.load_state_dict(dict(weights), assign=True)
-    for name, scale in scales.items():
-        model.get_submodule(name).register_forward_pre_hook(_rounding(scale))
-    return model.eval()
+    return apply(model, {name: rounding.to_dict() for name, rounding in found.items()})
 
 
-def _rounding(scale: float) -> Any:
-    # By the quantiser's own operations (torch makes a reciprocal and a product of them): a value between two steps falls to the same side.
-    factor = LARGEST / torch.tensor(scale * LARGEST, dtype=torch.float32)
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return ((inputs[0] * factor).clamp(-LARGEST, LARGEST).to(FP8).float() * (1 / factor), *inputs[1:])
-
-    return hook
+def _rounding(quantiser: Any) -> Rounding:
+    scale = quantiser.pre_quant_scale
+    bits = quantiser.num_bits if quantiser.is_enabled else 0
+    return Rounding(
+        number={8: "int8", (4, 3): "fp8", 0: "float"}[bits],  # type: ignore[arg-type]
+        largest=float(quantiser.amax) if bits else 0.0,
+        pre_scale=tuple(scale.flatten().tolist()) if scale is not None else (),
+    )
 
 
 def _quantised(model: MTGR) -> dict[str, Any]:
-    """Linear layers with a calibrated input, by module name."""
+    """Linear layers whose weights are quantised, by module name."""
     layers: dict[str, Any] = dict(model.named_modules())
-    return {name: layer for name, layer in layers.items() if hasattr(layer, "input_quantizer") and layer.input_quantizer.is_enabled}
+    return {name: layer for name, layer in layers.items() if hasattr(layer, "weight_quantizer") and layer.weight_quantizer.is_enabled}
 
 
-def _meta(model: MTGR) -> MTGR:
-    """The same network, plain and without memory."""
-    with torch.device("meta"):
-        return MTGR(model.config, model.schema)
+def _factors(model: MTGR) -> dict[str, Any]:
+    """Enabled quantisers of attention by the name of its factor."""
+    quantisers: dict[str, Any] = dict(model.named_modules())
+    ends = {f"{name}_quantizer": name for name in FACTORS}
+    found = {}
+    for name, quantiser in quantisers.items():
+        parent, _, last = name.rpartition(".")
+        if last in ends and quantiser.is_enabled:
+            found[f"{parent}.{ends[last]}"] = quantiser
+    return found

@@ -22,11 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model.config import ModelConfig
+from model.embeddings import RowTable
 from model.network import MTGR
 from pipeline.contracts import Feature, FeatureSchema
 from pipeline.errors import CheckpointError, MachineError
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
+TABLES = "embedding.features.tables"
+"""Beginning of the names of the tables' tensors. One with a scale a row beside it is kept as it is."""
 
 
 def save(folder: Path, model: MTGR, extra: Mapping[str, Any] | None = None) -> None:
@@ -65,7 +68,11 @@ def load(folder: Path, recipe: str = "none") -> MTGR:
     with torch.device("meta"):
         model = MTGR(config, schema)
     try:
-        model.load_state_dict(_tensors(folder / WEIGHTS), assign=True)
+        tensors = _tensors(folder / WEIGHTS)
+        for name, module in model.embedding.features.tables.items():
+            if (scale := tensors.get(f"{TABLES}.{name}.scale")) is not None and isinstance(module, torch.nn.Embedding):
+                model.embedding.features.tables[name] = RowTable(tensors[f"{TABLES}.{name}.weight"], scale)
+        model.load_state_dict(tensors, assign=True)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} does not hold the model that {CONFIG} describes; train or fetch it again: {error}") from error
     return model.eval()

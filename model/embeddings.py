@@ -6,12 +6,38 @@ candidate make theirs by a small MLP over all their columns. Nothing here depend
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from model.batch import REALTIME
 from model.config import KINDS, ModelConfig
 from pipeline.contracts import Feature, FeatureSchema
+
+
+class RowTable(nn.Module):
+    """An embedding table of one byte a value and one scale a row, which is multiplied in after the look-up."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        """[rows, dim] int8 or float8_e4m3fn, and [rows] float32."""
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[n] ids -> [n, dim] float32."""
+        return self.weight.index_select(0, ids).float() * self.scale.index_select(0, ids)[:, None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
+        # A network that is cast to another type or moved: the bytes move, and stay what they are.
+        weight, scale = self.weight, self.scale
+        super()._apply(fn, recurse)
+        self.weight, self.scale = weight.to(self.weight.device), scale.to(self.scale.device)
+        return self
 
 
 class FeatureTables(nn.Module):

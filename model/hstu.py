@@ -69,9 +69,9 @@ class HistoryCandidateAttention(nn.Module):
             q, k, v = qkv.chunk(3, dim=1)
             return self._kernel(q, k, v, layout.tiles, layout.key_tiles, layout)
         padded = take_rows(qkv, layout.rows, layout.unpad)
-        q, k, v = self._split(padded[: layout.places], layout.requests, layout.history, 3)
-        own_q, own_k, own_v = self._split(padded[layout.places :], layout.requests, layout.candidates, 3)
-        history = torch.matmul(pointwise(torch.matmul(q * self.alpha, k.transpose(-1, -2)), layout.history_mask), v)
+        q, k, v = self._split(padded[: layout.places], layout.requests, layout.history, "qkv")
+        own_q, own_k, own_v = self._split(padded[layout.places :], layout.requests, layout.candidates, "qkv")
+        history = torch.matmul(self.factor("p", pointwise(torch.matmul(q * self.alpha, k.transpose(-1, -2)), layout.history_mask)), v)
         candidates = self._candidates(own_q, own_k, own_v, k, v, layout)
         return take_rows(torch.cat([self._join(history), self._join(candidates)]), layout.unpad, layout.rows, layout.filled)
 
@@ -82,9 +82,9 @@ class HistoryCandidateAttention(nn.Module):
             q = torch.zeros_like(k).index_copy(0, layout.candidate_rows, candidate_q)  # the gradient wants queries beside their keys
             return self._kernel(q, k, v, layout.candidate_tiles, layout.candidate_key_tiles, layout).index_select(0, layout.candidate_rows)
         padded = take_rows(kv, layout.rows, layout.unpad)
-        k, v = self._split(padded[: layout.places], layout.requests, layout.history, 2)
-        own_k, own_v = self._split(padded[layout.places :], layout.requests, layout.candidates, 2)
-        (own_q,) = self._split(take_rows(candidate_q, layout.candidate_places, layout.candidate_unpad), layout.requests, layout.candidates, 1)
+        k, v = self._split(padded[: layout.places], layout.requests, layout.history, "kv")
+        own_k, own_v = self._split(padded[layout.places :], layout.requests, layout.candidates, "kv")
+        (own_q,) = self._split(take_rows(candidate_q, layout.candidate_places, layout.candidate_unpad), layout.requests, layout.candidates, "q")
         candidates = self._join(self._candidates(own_q, own_k, own_v, k, v, layout))
         return take_rows(candidates, layout.candidate_unpad, layout.candidate_places, layout.filled[layout.places :])
 
@@ -96,12 +96,17 @@ class HistoryCandidateAttention(nn.Module):
     def _candidates(self, own_q: Tensor, own_k: Tensor, own_v: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         """[B, heads, Kp, head width]: the history each candidate sees, and itself."""
         own_q = own_q * self.alpha
-        seen = torch.matmul(pointwise(torch.matmul(own_q, k.transpose(-1, -2)), layout.candidate_mask), v)
-        return seen + functional.silu((own_q * own_k).sum(dim=-1, keepdim=True)) * own_v
+        seen = torch.matmul(self.factor("p", pointwise(torch.matmul(own_q, k.transpose(-1, -2)), layout.candidate_mask)), v)
+        return seen + self.factor("p", functional.silu((own_q * own_k).sum(dim=-1, keepdim=True))) * own_v
 
-    def _split(self, rows: Tensor, requests: int, length: int, parts: int) -> tuple[Tensor, ...]:
-        """[B * length, parts * width] -> parts of [B, heads, length, head width]."""
-        return rows.view(requests, length, parts * self.heads, self.head_width).transpose(1, 2).split([self.heads] * parts, dim=1)
+    def factor(self, name: str, x: Tensor) -> Tensor:
+        """q, k, v or p = silu(alpha q k) * mask on its way into a product, [B, heads, rows, columns]: where a quantised network rounds it."""
+        return x
+
+    def _split(self, rows: Tensor, requests: int, length: int, names: str) -> tuple[Tensor, ...]:
+        """[B * length, parts * width] -> parts of those names, [B, heads, length, head width]."""
+        parts = rows.view(requests, length, len(names) * self.heads, self.head_width).transpose(1, 2).split([self.heads] * len(names), dim=1)
+        return tuple(self.factor(name, part) for name, part in zip(names, parts, strict=True))
 
     def _join(self, x: Tensor) -> Tensor:
         """[B, heads, length, head width] -> [B * length, width]."""

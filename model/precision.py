@@ -10,11 +10,11 @@ import torch
 from model.hstu import GroupLayerNorm
 from model.network import MTGR
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def cast(model: MTGR, precision: str) -> MTGR:
-    """Turn the weights of `model`, tables included, into 'fp32' or 'bf16', in place; scores come out in float32 all the same."""
+    """Turn the weights of `model`, tables included, into 'fp32', 'bf16' or 'fp16', in place; scores come out in float32 all the same."""
     model.to(TYPES[precision])
     for module in model.modules():
         if isinstance(module, GroupLayerNorm):

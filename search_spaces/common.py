@@ -5,6 +5,14 @@ from __future__ import annotations
 from pipeline.contracts import Settings
 from search_spaces.space import Choice, Float, Int
 
+TABLES = Choice(
+    name="quant.recipe",
+    options=("none", "tables_int8"),
+    why="a row read in a quarter of the bytes; fp8 rows take as many and lie further off. Rounded layers are left out: without products in fewer "
+    "bits they can be no faster (`bench recipes` has their accuracy)",
+)
+"""Of engines in plain torch."""
+
 SERVE = (
     Choice(
         name="serve.max_batch_tokens",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pipeline.contracts import Settings
-from search_spaces.common import SERVE, SERVE_DEFAULTS, threads
+from search_spaces.common import SERVE, SERVE_DEFAULTS, TABLES, threads
 from search_spaces.space import Choice, Space
 
 
 def space(cores: int) -> Space:
     """The engine's knobs on a machine with `cores` cores. Each build value costs a compilation, so there are few."""
-    defaults: Settings = {"build.precision": "fp32", "engine.threads": cores, **SERVE_DEFAULTS}
+    defaults: Settings = {"quant.recipe": "none", "build.precision": "fp32", "engine.threads": cores, **SERVE_DEFAULTS}
     return Space(
         backend="compiled",
         nodes=(
+            TABLES,
             Choice(
                 name="build.precision", options=("fp32", "bf16"), why="bf16 halves memory traffic; CPUs without AMX or AVX512-BF16 emulate it slowly"
             ),

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.backends import engine
+from pipeline.backends import engine, quantised
 from pipeline.backends.knobs import SERVE, Knob, settle, threads
 from pipeline.backends.pytorch import Threads, compilation_counter, missing, runner
 from pipeline.backends.session import BatchedSession, policy
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 PACKAGE = "model.pt2"
 PROBE = "#include <string>\nstd::string twice(const std::string& text) { return text + text; }\n"
 
-BUILD: Mapping[str, Knob] = {"build.precision": Knob(default="fp32", options=("fp32", "bf16"))}
+BUILD: Mapping[str, Knob] = {
+    "quant.recipe": Knob(default=quantised.NONE, options=quantised.EVERY),
+    "build.precision": Knob(default="fp32", options=("fp32", "bf16")),
+}
 LOAD: Mapping[str, Knob] = {"engine.threads": threads(), **SERVE}
 
 OPTIONS = {
@@ -55,16 +58,19 @@ class Compiled:
     def build(self, checkpoint: Path, settings: Settings, out: Path) -> None:
         """Compile into one package, then engine.json. Raises SettingsError, or CheckpointError where the checkpoint is broken."""
         settled = settle(self.name, settings, BUILD)
+        recipe, precision = str(settled["quant.recipe"]), str(settled["build.precision"])
+        roundings = quantised.roundings(quantised.read(checkpoint, recipe), precision)
         import torch
         from torch._inductor import aoti_compile_and_package
 
         from model import checkpoint as checkpoints
+        from model import rounded
         from model.precision import cast
         from model.program import export_program
 
-        precision = str(settled["build.precision"])
-        model = cast(checkpoints.load(checkpoint), precision)
-        options = {**OPTIONS, "aot_inductor.metadata": {"precision": precision, "torch": torch.__version__}}
+        model = rounded.apply(cast(checkpoints.load(checkpoint, recipe), precision), roundings)
+        held = recipe if rounded.holds(model) else quantised.NONE
+        options = {**OPTIONS, "aot_inductor.metadata": {"precision": precision, "recipe": held, "torch": torch.__version__}}
         aoti_compile_and_package(export_program(model), package_path=str(out / PACKAGE), inductor_configs=options)
         built = engine.EngineFile(
             backend=self.name,
@@ -138,4 +144,8 @@ def _unfit(compiler: str) -> str | None:
 def _effective(package: Package) -> Settings:
     """From the weights that the package carries: only its norms stay in float32."""
     types = set(package.weight_types().values())
-    return {"build.precision": "bf16" if "bf16" in types else "fp32", "build.instructions": package.metadata.get("AOTI_CPU_ISA", "")}
+    return {
+        "quant.recipe": package.metadata.get("recipe", quantised.NONE),
+        "build.precision": "bf16" if "bf16" in types else "fp32",
+        "build.instructions": package.metadata.get("AOTI_CPU_ISA", ""),
+    }

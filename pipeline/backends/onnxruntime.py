@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     import onnxruntime
 
 GRAPH, MANIFEST = "graph.onnx", "engine.json"
+CALIBRATED = "model.onnx"
+"""In a quantised checkpoint whose layers are int8. One of tables alone is exported like any other."""
 
 BUILD: Mapping[str, Knob] = {
-    "quant.recipe": Knob(default=NONE, options=(NONE, "int8_max", "int8_smoothquant")),
+    "quant.recipe": Knob(default=NONE, options=quantised.with_tables(("int8_max", "int8_smoothquant", "int8_sparse"), ("tables_int8",))),
     "build.graph_level": Knob(default="all", options=("basic", "extended", "all")),
 }
 LOAD: Mapping[str, Knob] = {
@@ -65,20 +67,29 @@ class OnnxRuntimeBackend:
         settled = settle(self.name, settings, BUILD)
         recipe = str(settled["quant.recipe"])
         draft = out / "draft.onnx"
-        if config := quantised.read(checkpoint, recipe):
+        config = quantised.read(checkpoint, recipe)
+        integers = config is not None and (checkpoint / CALIBRATED).is_file()
+        if config is not None and integers:
             described = {"schema": config["schema"], "max_seq_len": config["model"]["max_seq_len"]}
-            integer_bias(checkpoint / "model.onnx", draft)
+            integer_bias(checkpoint / CALIBRATED, draft)
         else:
-            described = _export(checkpoint, draft)
+            described = _export(checkpoint, recipe, draft)
         operators = optimise(draft, out / GRAPH, str(settled["build.graph_level"]))
         draft.unlink()
         integer = sum(operators.get(name, 0) for name in INTEGER_KERNELS)
-        if recipe != NONE and not integer:
+        if integers and not integer:
             raise SettingsError(
                 f"quant.recipe={recipe} must give integer kernels, but at build.graph_level={settled['build.graph_level']} the runtime made none "
                 "of this graph and would compute in float; use build.graph_level=extended or all"
             )
-        manifest = {**described, "settings": settled, "operators": operators, "integer_kernels": integer, "files": {GRAPH: _sha256(out / GRAPH)}}
+        manifest = {
+            **described,
+            "settings": settled,
+            "operators": operators,
+            "integer_kernels": integer,
+            "byte_tables": _byte_tables(out / GRAPH),
+            "files": {GRAPH: _sha256(out / GRAPH)},
+        }
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
     def load(self, engine: Path, settings: Settings) -> BatchedSession:
@@ -122,7 +133,7 @@ def _effective(session: onnxruntime.InferenceSession, manifest: Mapping[str, Any
     options = session.get_session_options()
     integer = int(manifest["integer_kernels"])
     return {
-        "quant.recipe": str(manifest["settings"]["quant.recipe"]) if integer else NONE,
+        "quant.recipe": _held(str(manifest["settings"]["quant.recipe"]), integer, int(manifest["byte_tables"])),
         "build.graph_level": str(manifest["settings"]["build.graph_level"]),
         "build.integer_kernels": integer,
         "build.operators": sum(manifest["operators"].values()),
@@ -131,6 +142,18 @@ def _effective(session: onnxruntime.InferenceSession, manifest: Mapping[str, Any
         "engine.spinning": options.get_session_config_entry(SPINNING) == "1",
         "engine.provider": ",".join(session.get_providers()),
     }
+
+
+def _held(recipe: str, integer: int, tables: int) -> str:
+    """The parts of a recipe that the file shows: integer kernels for its layers, tables of bytes."""
+    return "+".join(part for part in recipe.split("+") if (tables if part.startswith("tables_") else integer)) or NONE
+
+
+def _byte_tables(graph: Path) -> int:
+    """Embedding tables that the file keeps in one byte a value."""
+    import onnx
+
+    return sum(".tables." in v.name and v.data_type == onnx.TensorProto.INT8 for v in onnx.load(str(graph)).graph.initializer)
 
 
 def _options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.SessionOptions:
@@ -148,12 +171,12 @@ def _options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.Ses
     return options
 
 
-def _export(checkpoint: Path, path: Path) -> dict[str, Any]:
-    """The float32 graph of a trained checkpoint."""
+def _export(checkpoint: Path, recipe: str, path: Path) -> dict[str, Any]:
+    """The float32 graph of a trained checkpoint, or of one whose tables alone are quantised."""
     from model import checkpoint as checkpoints
     from model.export import export_onnx
 
-    model = checkpoints.load(checkpoint)
+    model = checkpoints.load(checkpoint, recipe)
     export_onnx(model.float(), path)
     return {"schema": asdict(model.schema), "max_seq_len": model.config.max_seq_len}
 

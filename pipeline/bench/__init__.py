@@ -13,7 +13,10 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
-EXPERIMENTS: tuple[str, ...] = ("record", "search", "sequential", "gate", "damage", "noise", "attribution", "failures", "faults", "scaling")
+EXPERIMENTS: tuple[str, ...] = (
+    *("record", "search", "sequential", "gate", "damage", "noise", "attribution", "failures", "faults", "scaling"),
+    *("recipes",),
+)
 """Words after `bench`, each a module of this folder."""
 
 

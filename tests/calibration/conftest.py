@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from calibration.quantise import quantise
-from calibration.recipes import RECIPES
+from calibration.recipes import LAYERS
 from model import checkpoint
 from model.config import SIZES
 from model.network import MTGR
@@ -53,13 +53,19 @@ def quantised_by(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return made
 
 
-@pytest.fixture(params=RECIPES)
+@pytest.fixture(params=[*LAYERS, "tables_int8", "tables_fp8", "int8_max+tables_int8", "fp8_attention+tables_fp8"])
 def quantised(quantised_by: Callable[[str], Quantised], request: pytest.FixtureRequest) -> Quantised:
-    """Every recipe's."""
+    """Every recipe's of layers and of tables, and two of both."""
     return quantised_by(request.param)
 
 
-@pytest.fixture(params=["int8_max", "int8_smoothquant"])
+@pytest.fixture(params=[name for name, recipe in LAYERS.items() if recipe.modelopt])
+def calibrated(quantised_by: Callable[[str], Quantised], request: pytest.FixtureRequest) -> Quantised:
+    """Those that the quantiser makes."""
+    return quantised_by(request.param)
+
+
+@pytest.fixture(params=["int8_max", "int8_smoothquant", "int8_sparse", "int8_max+tables_int8"])
 def exported(quantised_by: Callable[[str], Quantised], request: pytest.FixtureRequest) -> Quantised:
     """Those with a graph."""
     return quantised_by(request.param)

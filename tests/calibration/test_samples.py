@@ -57,6 +57,8 @@ def test_a_single_user_is_refused() -> None:
         draw(samples(5), 10, seed=0, lengths=[50], test_users=[0, 1, 2, 3])
     with pytest.raises(UserError, match="at least 2 users, got 1"):
         check([sample.request for sample in samples(1)])
+    with pytest.raises(UserError, match="at least 2 users, got 0"):
+        check([])
     with pytest.raises(UserError, match="calibration_users=1"):
         draw(samples(5), 1, seed=0, lengths=[50])
 

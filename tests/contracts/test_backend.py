@@ -40,6 +40,8 @@ CASES: tuple[tuple[str, Settings], ...] = (
     ("fake", {"build.precision": "int8", "build.group": 64}),
     ("eager", {"build.precision": "fp32"}),
     ("eager", {"build.precision": "bf16"}),
+    ("eager", {"build.precision": "fp32", "quant.recipe": "int8_smoothquant+tables_int8"}),
+    ("eager", {"build.precision": "bf16", "quant.recipe": "tables_int8"}),
     ("compiled", {"build.precision": "fp32"}),
     ("compiled", {"build.precision": "bf16"}),
     ("fused", {"build.precision": "fp32"}),
@@ -52,6 +54,7 @@ CASES: tuple[tuple[str, Settings], ...] = (
     ("onnxruntime", {"quant.recipe": "none", "build.graph_level": "all"}),
     ("tensorrt", {}),
     ("tensorrt", {"quant.recipe": "int8_max", "build.profiles": 2, "engine.inflight": 2}),
+    ("onnxruntime", {"quant.recipe": "tables_int8", "build.graph_level": "all"}),
     ("vllm", {"build.precision": "fp32", "engine.enforce_eager": True, "engine.kv_cache_memory_mib": 64}),
 )
 SLOW_TO_START = ("vllm",)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from model.datasets import DataConfig, open_dataset, prepare
-from pipeline import workload
-from pipeline.config import WorkloadConfig
+from pipeline import stages, workload
+from pipeline.config import PathsConfig, TuneConfig, WorkloadConfig
 from pipeline.errors import DataError
 from pipeline.requests import load_labelled, load_requests, save_requests, validate
 from tests.factories import random_request
@@ -103,3 +103,19 @@ def test_how_much_is_met_again_is_summarised(data: Path, tmp_path: Path) -> None
         drawn = draw(data, tmp_path / name, returning=share, growth=growth)["workload"]
         assert drawn["returning/share"] == pytest.approx(share, abs=0.01)  # type: ignore[index]
         assert (drawn["returning/history_share"] > 0.3) == bool(share)  # type: ignore[index]
+
+
+def test_the_calibration_set_is_part_of_every_quantised_checkpoints_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same seed gives the same bytes and so the same key; another seed, or another recipe, another one."""
+    everyone = labelled(np.random.default_rng(0), 40)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "manifest.json").write_text("{}")
+    checkpoint = stages.Checkpoint(folder=tmp_path / "checkpoint", heads=("recommendation",), model={})
+    keys: list[str] = []
+    monkeypatch.setattr(stages.Cache, "folder", lambda self, kind, key, make: keys.append(f"{kind}/{key}") or tmp_path)
+    for name, seed, recipe in (("a", 1, "int8_max"), ("b", 1, "int8_max"), ("c", 2, "int8_max"), ("a", 1, "fp8_max")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        save_requests(tmp_path / name / "calibration.npz", workload.of_users(everyone, 8, seed))
+        stages.quantise(TuneConfig(paths=PathsConfig(cache=str(tmp_path))), recipe, checkpoint, tmp_path / name)
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
