@@ -52,15 +52,16 @@ def main() -> None:
     coldest = max(rows, key=lambda row: float(row["cold"]["rps"]))
     held = best_open(fastest)
     rate = float(held["rate_rps"]) if held else 0.0
+    warm = f"**{rate:,.0f} requests/s** in open loop by `{fastest['engine']}`" if held else "**none of the rates tried**"
     parts = [
         f"# Engine vllm on one {machine['gpu']}",
         f"Made by `report.py` from what `measure.py` left in `results.json`; vLLM {machine['vllm']}, torch {machine['torch']}. Large, random weights, "
         f"requests of {machine['tokens']:,} tokens of which {machine['candidates']} are candidates, half of the history static; {machine['users']} users. Cold: "
         "nobody is known. Warm: every user was there before with this history and asks about other candidates. Times run from `submit` to the scores, in "
-        "the open loop from the intended arrival.",
+        "the open loop from the intended arrival." + (f" Measured {machine['note']}." if "note" in machine else ""),
         "## In short",
-        f"- Warm: at most {WARM_P99_MS:.0f} ms (p99) are kept up to **{rate:,.0f} requests/s** in open loop by `{fastest['engine']}`; goal {WARM:,}: {goal(rate, WARM)}. "
-        f"Its closed-loop peak is {peak(fastest):,.0f}.\n"
+        f"- Warm, with a p99 of at most {WARM_P99_MS:.0f} ms: {warm}; goal {WARM:,}: {goal(rate, WARM)}. "
+        f"The closed-loop peak of `{fastest['engine']}` is {peak(fastest):,.0f}.\n"
         f"- Alone and warm, median: **{quickest['alone_warm']['p50_ms']:.2f} ms** by `{quickest['engine']}`; goal {ALONE_MS}: {goal(quickest['alone_warm']['p50_ms'], ALONE_MS, less=True)}.\n"
         f"- Cold: **{coldest['cold']['rps']:,.0f} requests/s** by `{coldest['engine']}`; goal {COLD}: {goal(coldest['cold']['rps'], COLD)}.",
         "## Engines",

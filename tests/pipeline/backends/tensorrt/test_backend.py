@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
+from calibration import recipes
 from calibration.quantise import restore
 from model import checkpoint
 from model.batch import pack
@@ -64,7 +65,8 @@ def test_the_file_that_was_built_scores_as_the_network_at_lengths_of_its_profile
     names = {value.name for value in session.get_inputs()}
     count = sum(len(request.candidates) for request in requests)
     got = session.run(None, {name: array for name, array in arrays.items() if name in names})[0][:count]
-    network = checkpoint.load(folder / "checkpoint") if recipe == "none" else restore(folder / "checkpoint", folder / recipe / "modelopt.pt")
+    trained, state = folder / "checkpoint", folder / recipe / "modelopt.pt"
+    network = checkpoint.load(trained) if recipe == "none" else restore(trained, state, recipes.get(recipe))
     with torch.inference_mode():
         expected = network(*pack(requests).tensors()).numpy()
     difference = np.abs(got - expected)
