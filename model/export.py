@@ -32,7 +32,7 @@ from model.precision import cast
 from model.rounded import apply
 from pipeline.contracts import FeatureSchema, RankingRequest
 
-__all__ = ["AXES", "OPSET", "OUTPUT", "Form", "export_checkpoint", "export_onnx"]
+__all__ = ["AXES", "OPSET", "OUTPUT", "Form", "export_checkpoint", "export_onnx", "join"]
 
 OUTPUT = "scores"
 
@@ -85,23 +85,34 @@ def export_checkpoint(
     recipe: str = "none",
     form: Form = Form(),
     progress: Progress = lambda share, text: None,
+    *,
+    rows: bool = True,
 ) -> tuple[FeatureSchema, int]:
     """Write the graph of a checkpoint of that quantisation recipe, its tables streamed from file to file. Returns its schema and its longest request.
 
-    Raises CheckpointError where the checkpoint is not whole or not of the recipe, and as `export_onnx` does.
+    Without `rows` tables have one row of no meaning, for whoever changes the graph before `join` gives it theirs. Raises CheckpointError where the
+    checkpoint is not whole or not of the recipe, and as `export_onnx` does.
     """
     model = checkpoints.load(folder, recipe, tables=False)
     config: dict[str, Any] = json.loads((folder / checkpoints.CONFIG).read_text())
-    tables = {name: table for name, table in stored.tensors(folder / checkpoints.WEIGHTS).items() if name.startswith(checkpoints.TABLES)}
-    _export(apply(model.float(), config.get("roundings", {})), tables, path, form, progress)
+    _export(apply(model.float(), config.get("roundings", {})), _tables(folder) if rows else {}, path, form, progress)
     return model.schema, model.config.max_seq_len
+
+
+def join(graph: Path, folder: Path, path: Path, inline_bytes: int = INLINE, progress: Progress = lambda share, text: None) -> None:
+    """Write the graph of a file, exported from `folder` without rows and changed by whatever keeps initializers' names, to `path` with the rows."""
+    files.write(onnx.load(str(graph)), path, _tables(folder), inline_bytes, progress)
+
+
+def _tables(folder: Path) -> dict[str, stored.Stored]:
+    return {name: table for name, table in stored.tensors(folder / checkpoints.WEIGHTS).items() if name.startswith(checkpoints.TABLES)}
 
 
 def _export(model: MTGR, tables: Mapping[str, stored.Stored], path: Path, form: Form, progress: Progress) -> None:
     for name, tensor in model.state_dict().items():
-        if name not in tables:
+        if not name.startswith(checkpoints.TABLES):
             files.require_finite(name, tensor)
-    if any(table.dtype == torch.float8_e4m3fn for table in tables.values()):
+    if any(buffer.dtype == torch.float8_e4m3fn for buffer in model.embedding.features.buffers()):
         raise ValueError("ONNX has no look-up in fp8 tables; export a model whose tables are int8 or floats")
     small = _without_rows(model)
     weights = rounding.replace(small)  # before they are cast: from half precision a grid cannot be found again

@@ -158,8 +158,10 @@ def _of_weight(graph: onnx.GraphProto, node: onnx.NodeProto, tensor: onnx.Tensor
         kept = (scale if blocks else scale[:, 0]).to(FLOATS[said["kind"]]).contiguous()
         content = kept.view(torch.uint8).numpy().tobytes()
         graph.initializer.append(helper.make_tensor(f"{tensor.name}_scale", said["kind"], kept.shape, content, raw=True))
+        if not blocks:  # without zeros in so many words ONNX Runtime makes no integer product
+            graph.initializer.append(helper.make_tensor(f"{tensor.name}_zero", KINDS[number], kept.shape, bytes(kept.numel()), raw=True))
     axes = {"axis": 1, "block_size": INT4_BLOCK} if blocks else {"axis": 0}
-    inputs = [tensor.name, f"{tensor.name}_scale"]
+    inputs = [tensor.name, f"{tensor.name}_scale", *(() if blocks else (f"{tensor.name}_zero",))]
     return [helper.make_node("DequantizeLinear", inputs, node.output, name=f"{tensor.name}/DequantizeLinear", **axes)]
 
 
