@@ -22,6 +22,7 @@ from model.checkpoint import save
 from model.config import SIZES
 from model.oracle import oracle_scores
 from pipeline.backends import registry
+from pipeline.backends.vllm import processes
 from pipeline.backends.vllm.processes import Processes, Task, divided, member_of
 from pipeline.contracts import RankingRequest, Settings
 from pipeline.errors import InvalidRequest, MachineError, Overloaded, SettingsError
@@ -128,7 +129,7 @@ def test_a_killed_member_takes_its_own_users_only(task: Task) -> None:
         session.close()
 
 
-def test_nothing_is_left(task: Task) -> None:
+def test_nothing_is_left(task: Task, capfd: pytest.CaptureFixture[str]) -> None:
     session = opened(task)
     members = [psutil.Process(member.pid) for member in session._members]
     folder = Path(session._folder.name)
@@ -138,6 +139,17 @@ def test_nothing_is_left(task: Task) -> None:
     assert all(future.done() and not future.exception() for future in futures)
     assert not any(member.is_running() for member in members)
     assert not folder.exists()
+    assert capfd.readouterr().err == ""  # Python calls it fatal where a thread holds what it wants to close
+
+
+def test_answers_that_come_together_are_one_message(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, read = opened(task), processes.pickle.loads
+    messages: list[int] = []
+    monkeypatch.setattr(processes.pickle, "loads", lambda message: messages.append(len(read(message)[1])) or read(message))  # type: ignore[func-returns-value]
+    futures = [session.submit(request) for request in users(200)]
+    session.close()
+    assert sum(messages) == len(futures) + 2  # and of each member that it has closed
+    assert len(messages) < len(futures) / 2
 
 
 def test_members_end_with_a_session_that_was_killed(task: Task, tmp_path: Path) -> None:
