@@ -182,9 +182,9 @@ def _on_gpu(cores: int) -> Space:
         defaults=defaults,
         presets=(
             fast,
-            {**fast, "engine.processes": max(number for number in processes if number < 4)},
-            pages,
-            {**pages, "engine.quantization": "fp8"},
             {**fast, "engine.async_scheduling": True},
+            {**fast, "engine.async_scheduling": True, "engine.processes": max(number for number in processes if number < 4)},
+            pages,
+            {**pages, "engine.async_scheduling": True, "engine.quantization": "fp8"},
         ),
     )
