@@ -18,7 +18,7 @@ DEFAULTS: Settings = {
     "engine.max_num_batched_tokens": 8192,
     "engine.enable_prefix_caching": True,
     "engine.async_scheduling": False,
-    "engine.tensor_parallel_size": 1,  # constant: a trial has one GPU
+    "engine.tensor_parallel_size": 1,  # constant: settings are compared on equal hardware
     "engine.processes": 1,
     "serve.queue_limit": SERVE_DEFAULTS["serve.queue_limit"],  # constant: see there
 }
