@@ -2,7 +2,7 @@
 
     python reports/onnx/measure.py OUT [tiny small base]
 
-Writes OUT/results.json and OUT/report.md, and prints every row as it is done. Networks have random weights. In the first table they have the tables of their
+Writes OUT/results.json and OUT/report.md, and prints every row as it is done; rows of sizes not named stay. Networks have random weights. In the first table they have the tables of their
 published totals (base: 16 GB, and as much again for the graph), streamed; in the second, of recipes, tables of 500 items, because quantising holds all in
 memory. Every export is a process of its own, whose peak memory is its own.
 """
@@ -205,7 +205,7 @@ def full_size(size: str, folder: Path) -> Iterator[dict[str, Any]]:
     say(f"{size}: writing a checkpoint with its tables")
     random_checkpoint(folder / "checkpoint", size)
     total = sum(table.bytes for table in stored.tensors(folder / "checkpoint" / checkpoint.WEIGHTS).values())
-    for precision, attention in FORMS if total < 2**30 else LARGE:
+    for precision, attention in FORMS if total < 2**28 else LARGE:
         path = folder / "graph.onnx"
         arguments = (str(folder / "checkpoint"), str(path), "none", precision, attention)
         row = {"table": "forms", "size": size, "precision": precision, "attention": attention, "parameters": total // 4}
@@ -306,8 +306,10 @@ def main() -> None:
     out, sizes = Path(sys.argv[1]), sys.argv[2:] or ["tiny", "small", "base"]
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"cpu": fingerprint()["cpu"], "rows": []}
+    if (out / "results.json").is_file() and sys.argv[2:]:
+        results["rows"] = [row for row in json.loads((out / "results.json").read_text())["rows"] if row["size"] not in sizes]
     for size in sizes:
-        for part in (quantised, full_size):
+        for part in (full_size, quantised):
             with tempfile.TemporaryDirectory() as folder:
                 for row in part(size, Path(folder)):
                     results["rows"].append(row)
