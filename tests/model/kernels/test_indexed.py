@@ -1,0 +1,186 @@
+"""Attention on an exported graph's own index arrays against the network's module in float64, on packed batches of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from model.hstu import HistoryCandidateAttention
+from model.kernels import indexed
+from model.kernels.indexed import HEAD_WIDTHS, Variant, attend, attend_last
+from model.masks import layout
+from model.packing import pack_numpy
+from pipeline.backends.rounding import round_batch
+from pipeline.contracts import RankingRequest
+from tests.factories import jagged_requests, random_request
+from tests.model.kernels.cases import DEVICE, DTYPES, TOLERANCE, distance
+
+INDEX = ("history_index", "history_limit", "candidate_index", "candidate_limit")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packed:
+    """A batch's arrays and random q | k | v of its tokens."""
+
+    arrays: dict[str, torch.Tensor]
+    qkv: torch.Tensor
+    heads: int
+    width: int
+
+    @property
+    def index(self) -> dict[str, torch.Tensor]:
+        return {name: self.arrays[name] for name in INDEX}
+
+    @property
+    def alpha(self) -> float:
+        return self.width**-0.5
+
+    @property
+    def last(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the last layer is given: queries of the candidates, keys and values of all tokens."""
+        size = self.heads * self.width
+        return self.qkv[self.arrays["candidate_rows"], :size].contiguous(), self.qkv[:, size:].contiguous()
+
+
+def packed(
+    requests: list[RankingRequest], bucket: int, *, heads: int = 2, width: int = 32, dtype: torch.dtype = torch.float32, rounded: bool = False
+) -> Packed:
+    arrays = pack_numpy(requests, bucket)
+    tensors = {name: torch.from_numpy(array).to(DEVICE) for name, array in (round_batch(arrays) if rounded else arrays).items()}
+    generator = torch.Generator().manual_seed(len(requests))
+    qkv = torch.randn(len(tensors["kind"]), 3 * heads * width, generator=generator)
+    return Packed(arrays=tensors, qkv=qkv.to(DEVICE, dtype), heads=heads, width=width)
+
+
+def run(batch: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all layers, and of the last."""
+    told = {"heads": batch.heads, "alpha": batch.alpha}
+    q, kv = batch.last
+    every = attend(batch.qkv, **batch.index, **told)
+    return every, attend_last(q, kv, **{name: array for name, array in batch.index.items() if name != "history_limit"}, **told)
+
+
+def oracle(batch: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    names = ("kind", *INDEX, "unpad", "candidate_rows")
+    places = layout(*(batch.arrays[name] for name in names), dynamic=True, dtype=torch.float64)
+    module = HistoryCandidateAttention(batch.heads, batch.heads * batch.width)
+    q, kv = batch.last
+    return module(batch.qkv.double(), places), module.last(q.double(), kv.double(), places)
+
+
+def furthest(batch: Packed, tokens: int, candidates: int) -> float:
+    """Of both operators, over the rows that belong to requests."""
+    pairs = zip(run(batch), oracle(batch), (tokens, candidates), strict=True)
+    return max(distance(got[:rows], wanted[:rows]) for got, wanted, rows in pairs)
+
+
+def counted(requests: list[RankingRequest]) -> tuple[int, int]:
+    candidates = sum(len(request.candidates) for request in requests)
+    return sum(request.tokens for request in requests), candidates
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_both_operators_agree_with_the_module(seed: int, rounded: bool, dtype: torch.dtype) -> None:
+    # Candidates that see any part of their history, histories of user tokens alone, one candidate.
+    requests = jagged_requests(np.random.default_rng(seed), count=4 + seed)
+    batch = packed(requests, (8, 24, 32)[seed], dtype=dtype, rounded=rounded)
+    assert furthest(batch, *counted(requests)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("static", "realtime", "candidates"), [
+    (0, 0, 1), (61, 0, 1), (62, 0, 64), (63, 0, 65), (0, 62, 3), (30, 97, 31), (126, 0, 2), (5, 140, 70),
+])  # fmt: skip
+def test_lengths_about_the_ends_of_tiles(static: int, realtime: int, candidates: int) -> None:
+    rng = np.random.default_rng(static)
+    sizes = ((static, realtime, candidates), (1, 2, 1), (static, realtime, 2))
+    requests = [random_request(rng, static=s, realtime=r, candidates=k, serving=False) for s, r, k in sizes]
+    assert furthest(packed(requests, 8, heads=1), *counted(requests)) < TOLERANCE[torch.float32]
+
+
+def test_a_candidate_sees_exactly_what_its_limit_says() -> None:
+    request = random_request(np.random.default_rng(2), static=3, realtime=66, candidates=67)
+    every = [replace(request, visible=np.arange(67)), random_request(np.random.default_rng(3))]
+    assert furthest(packed(every, 8, heads=1), *counted(every)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("width", HEAD_WIDTHS)
+def test_every_head_width(width: int) -> None:
+    requests = jagged_requests(np.random.default_rng(width), count=4)
+    for dtype in DTYPES:
+        assert furthest(packed(requests, 16, width=width, dtype=dtype), *counted(requests)) < TOLERANCE[dtype]
+
+
+def test_requests_without_candidates_or_without_a_history() -> None:
+    requests = [random_request(np.random.default_rng(k), static=3, realtime=k, candidates=k) for k in (2, 5, 1)]
+    batch = packed(requests, 8)
+    wanted = oracle(batch)
+    gone = batch.arrays["candidate_index"].clone()
+    total = len(batch.qkv)
+    gone[1] = total  # nobody lies there now, and the third's candidates come earlier among the queries
+    q, kv = batch.last
+    told = {"heads": batch.heads, "alpha": batch.alpha}
+    fewer = attend_last(torch.cat([q[:2], q[7:]]), kv, batch.arrays["history_index"], gone, batch.arrays["candidate_limit"], **told)
+    assert distance(fewer, torch.cat([wanted[1][:2], wanted[1][7:]])) < TOLERANCE[torch.float32]
+    nothing = torch.full_like(batch.arrays["history_index"], total)
+    alone = attend(batch.qkv, nothing, torch.zeros_like(nothing), gone, torch.zeros_like(gone), **told)
+    size = batch.heads * batch.width
+    own_q, own_k, own_v = (x.double().view(-1, batch.heads, batch.width) for x in batch.qkv.split(size, dim=1))
+    score = batch.alpha * (own_q * own_k).sum(dim=2, keepdim=True)
+    own = (torch.nn.functional.silu(score) * own_v).reshape(-1, size)
+    rows = gone[gone < total]
+    assert distance(alone[rows], own[rows]) < TOLERANCE[torch.float32]
+
+
+def test_rows_outside_a_request_are_never_looked_at() -> None:
+    """Not even as 0 * NaN: another request's broken features must not spread."""
+    requests = jagged_requests(np.random.default_rng(5), count=5)
+    batch = packed(requests, 8)
+    good = [x.clone() for x in run(batch)]
+    tokens, candidates = counted(requests[:3])
+    batch.qkv[tokens:] = float("nan")
+    for got, wanted, rows in zip(run(batch), good, (tokens, candidates), strict=True):
+        assert torch.equal(got[:rows], wanted[:rows])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_lies_in_the_index_arrays_nothing_else_is_read_or_written(seed: int) -> None:
+    """A runtime that times kernels gives them memory as it is. Rows around what the kernel is told of are NaN, or must stay as they were."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, edge = 9, 2**62 if seed == 2 else 20
+    wild = [torch.randint(-edge, edge, (2, length), generator=generator).to(DEVICE) for length in (5, 5, 7, 7)]
+    for queries, last in ((tokens, False), (4, True)):
+        q, kv, out = (torch.full((3 * tokens, columns), float("nan"), device=DEVICE) for columns in ((32 if last else 96), (64 if last else 96), 32))
+        q[tokens : tokens + queries], kv[tokens : 2 * tokens], out[tokens : tokens + queries] = 1.0, 1.0, 0.0
+        inside = [x[tokens : tokens + rows] for x, rows in ((q, queries), (kv, tokens), (out, queries))]
+        indexed._launch(inside[0], inside[1], *wild, inside[2], heads=1, alpha=1.0, last=last)
+        assert torch.isfinite(inside[2]).all()
+        assert (torch.isnan(out).sum(dim=1) == 32).sum() == 3 * tokens - queries
+
+
+def _later(arrays: dict[str, torch.Tensor]) -> None:
+    arrays["candidate_limit"] += arrays["candidate_limit"] > 0
+
+
+def _blind(arrays: dict[str, torch.Tensor]) -> None:
+    arrays["history_limit"].clamp_(max=3)
+
+
+@pytest.mark.parametrize("mistake", [_later, _blind])
+def test_a_planted_mistake_in_the_limits_is_seen(mistake: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    requests = [random_request(np.random.default_rng(7), static=6, realtime=9, candidates=4, serving=False) for _ in range(2)]
+    batch = packed(requests, 8)
+    wanted = oracle(batch)
+    mistake(batch.arrays)
+    assert distance(run(batch)[0], wanted[0]) > 1e-3
+
+
+@pytest.mark.parametrize("change", [{"width": 48}, {"dtype": "float64"}, {"heads": 0}])
+def test_a_variant_that_no_kernel_computes_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="a head is one of"):
+        replace(Variant(heads=1, width=32, dtype="float16", last=False), **change)  # type: ignore[arg-type]
