@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.kernels.indexed import TYPES, Variant, attend_indexed
+from model.kernels.variants import TYPES, Variant
 
 POINTERS = ("q_ptr", "kv_ptr", "history_index_ptr", "history_limit_ptr", "candidate_index_ptr", "candidate_limit_ptr", "out_ptr")
 LENGTHS = ("tokens", "queries", "history", "candidates")
@@ -79,6 +79,8 @@ def _compile(variant: Variant, target: str) -> tuple[dict[str, Any], bytes]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from model.kernels.indexed import attend_indexed
 
     pointers = {name: "*" + TYPES[variant.dtype] if name in ("q_ptr", "kv_ptr", "out_ptr") else "*i64" for name in POINTERS}
     known = {**pointers, **dict.fromkeys(LENGTHS, "i32"), "alpha": "fp32"}

@@ -8,22 +8,16 @@ in memory. The slow double is `hstu.HistoryCandidateAttention`. Imports no torch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 
 from model.kernels.activation import silu
+from model.kernels.variants import Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-HEAD_WIDTHS = (16, 32, 64, 128, 256)
-TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-"""Names of torch, and of Triton."""
-COUNTED = 1024
-"""Places that are counted at once."""
 
 
 @triton.jit
@@ -104,49 +98,6 @@ def attend_indexed(
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
     out = out_ptr + query[:, None] * SIZE + head * WIDTH + d[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """What a compiled kernel is fixed to; every length stays open."""
-
-    heads: int
-    width: int
-    """Of a head."""
-    dtype: str
-    """As in `TYPES`."""
-    last: bool
-    """The last layer's: queries of the candidates alone."""
-
-    def __post_init__(self) -> None:
-        if self.width not in HEAD_WIDTHS or self.dtype not in TYPES or self.heads < 1:
-            raise ValueError(f"a head is one of {HEAD_WIDTHS} wide and its values are one of {', '.join(TYPES)}, got {self}")
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What the kernel is compiled with: its shape, and whether it rounds the SiLU as its type does anyway."""
-        whole = self.dtype == "float32"
-        return {
-            "HEADS": self.heads,
-            "WIDTH": self.width,
-            "LAST": self.last,
-            "BLOCK_M": 32 if whole else 64,
-            "BLOCK_N": 32 if whole or self.width == 256 else 64,
-            "FAST": not whole,
-            "PRECISION": "tf32x3" if whole else "ieee",
-            "STAGES": 3 if self.width <= 64 and not whole else 2,
-            "COUNTED": COUNTED,
-        }
-
-    @property
-    def warps(self) -> int:
-        """Of 32 threads each."""
-        return 8 if self.width == 256 else 4
-
-    def programs(self, requests: int, history: int, candidates: int) -> int:
-        """All along the grid's first axis: the others end at 65,535."""
-        block = self.constants["BLOCK_M"]
-        return self.heads * requests * ((0 if self.last else -(-history // block)) + -(-candidates // block))
 
 
 def attend(

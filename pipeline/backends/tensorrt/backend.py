@@ -17,9 +17,10 @@ from pipeline.backends.engine import EngineFile
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.quantised import NONE
 from pipeline.backends.session import BatchedSession, policy
-from pipeline.backends.tensorrt import builder, execution, flavour, inspect
+from pipeline.backends.tensorrt import builder, execution, flavour, inspect, plugin
 from pipeline.backends.tensorrt.builder import MIB, Plan
 from pipeline.backends.tensorrt.flavour import Flavour
+from pipeline.backends.tensorrt.plugin import OPERATORS, PLUGIN
 from pipeline.backends.tensorrt.profiles import LONGEST_BUCKET, profiles
 from pipeline.contracts import FeatureSchema, Settings
 from pipeline.errors import ArtifactError, SettingsError
@@ -31,6 +32,7 @@ BUILD: Mapping[str, Knob] = {
     "build.target": Knob(default=builder.DEFAULT, options=(builder.DEFAULT, "SM75", "SM80", "SM86", "SM89", "SM120", "SM121")),
     "build.max_tokens": Knob(default=8192, low=64),
     "build.profiles": Knob(default=1, low=1, high=4),
+    "build.attention": Knob(default=OPERATORS, options=(OPERATORS, PLUGIN)),
     "build.level": Knob(default=3, low=0, high=5),
     "build.tiling": Knob(default="none", options=("none", "fast", "moderate", "full")),
     "build.aux_streams": Knob(default=-1, options=(-1, 0, 1, 2, 4)),
@@ -41,7 +43,8 @@ BUILD: Mapping[str, Knob] = {
     "build.version_compatible": Knob(default=False, options=(True, False)),
     "build.hardware_compatible": Knob(default=False, options=(True, False)),
 }
-"""`level` is the builder optimisation level; `profiles` are token buckets, each four times the one before; `aux_streams` -1 is TensorRT's choice."""
+"""`attention` is of standard operators, or our kernel; `level` is the builder optimisation level; `profiles` are token buckets, each four times the
+one before; `aux_streams` -1 is TensorRT's choice."""
 LOAD: Mapping[str, Knob] = {
     "engine.graphs": Knob(default=True, options=(True, False)),
     "engine.inflight": Knob(default=1, options=(1, 2, 3)),
@@ -67,10 +70,12 @@ class TensorRT:
         """
         settled = settle(self.name, settings, BUILD)
         found = installed()
-        recipe = str(settled["quant.recipe"])
+        recipe, attention = str(settled["quant.recipe"]), str(settled["build.attention"])
+        if attention == PLUGIN and settled["build.refit"]:
+            raise SettingsError(f"build.refit=true takes build.attention={OPERATORS}, got {PLUGIN}; set either")
         from model.export import AXES
 
-        schema, longest = exported(checkpoint, recipe, out / GRAPH)
+        schema, longest = exported(checkpoint, recipe, attention, out / GRAPH)
         plan = Plan(
             profiles=profiles(int(settled["build.max_tokens"]), int(settled["build.profiles"]), longest),
             **{field: settled[f"build.{field}"] for field in _PLANNED},  # type: ignore[arg-type]
@@ -128,6 +133,7 @@ class TensorRT:
 
 _PLANNED = (
     "target",
+    "attention",
     "level",
     "tiling",
     "aux_streams",
@@ -150,6 +156,8 @@ def opened(folder: Path, built: EngineFile) -> tuple[Flavour, Any]:
             raise ArtifactError(f"{folder / name} is not what was built: expected sha256 {expected}, found {there}; build it again")
     found, compatible = installed(), bool(built.settings["build.version_compatible"])
     _check_place(found, built.details, flavour.capability(), compatible)
+    if built.settings.get("build.attention") == PLUGIN:
+        plugin.register(found)
     return found, execution.deserialise(found, (folder / ENGINE).read_bytes(), compatible)
 
 
@@ -158,9 +166,20 @@ def files(folder: Path) -> dict[str, str]:
     return {name: _sha256(folder / name) for name in (ENGINE, GRAPH)}
 
 
-def exported(checkpoint: Path, recipe: str, path: Path) -> tuple[FeatureSchema, int]:
-    """Write the ONNX file of a checkpoint; its schema and longest request. Raises SettingsError or CheckpointError."""
-    if config := quantised.read(checkpoint, recipe):
+def exported(checkpoint: Path, recipe: str, attention: str, path: Path) -> tuple[FeatureSchema, int]:
+    """Write the ONNX file of a checkpoint; its schema and longest request. Raises SettingsError or CheckpointError.
+
+    For a plugin the attention is nodes of our own, with bodies of standard operators that any other runtime reads.
+    """
+    config = quantised.read(checkpoint, recipe)
+    if attention == PLUGIN:
+        from model.export import Form, export_checkpoint
+
+        try:
+            return export_checkpoint(checkpoint, path, recipe, Form(attention="function"))
+        except ValueError as error:
+            raise SettingsError(f"build.attention={PLUGIN}: {error}; set build.attention={OPERATORS}") from error
+    if config:
         shutil.copyfile(checkpoint / "model.onnx", path)
         return engine.schema(config["schema"]), int(config["model"]["max_seq_len"])
     from model import checkpoint as checkpoints
@@ -191,6 +210,7 @@ def _effective(found: Flavour, loaded: Any, built: Settings) -> Settings:
         "build.profiles": int(loaded.num_optimization_profiles),
         "build.refit": bool(loaded.refittable),
         "build.weight_streaming": bool(built["build.weight_streaming"]) and streamed > 0,
+        "build.attention": PLUGIN if listing.plugins else OPERATORS,
         "build.layers": listing.layers,
         "build.fusions": listing.fusions,
         **{f"build.products.{precision}": count for precision, count in listing.products.items()},

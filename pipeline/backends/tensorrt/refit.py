@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.backends import engine
 from pipeline.backends.tensorrt import backend
 from pipeline.backends.tensorrt.flavour import Flavour, words
+from pipeline.backends.tensorrt.plugin import OPERATORS
 from pipeline.errors import AutotuneError, SettingsError
 
 
@@ -27,7 +28,7 @@ def refit(folder: Path, checkpoint: Path, out: Path) -> None:
         raise SettingsError(f"an engine takes new weights where it was built with build.refit=true, and {folder} was not; build it again")
     found, loaded = backend.opened(folder, built)
     out.mkdir(parents=True)
-    schema, longest = backend.exported(checkpoint, str(built.settings["quant.recipe"]), out / backend.GRAPH)
+    schema, longest = backend.exported(checkpoint, str(built.settings["quant.recipe"]), OPERATORS, out / backend.GRAPH)
     if (schema, longest) != (built.schema, built.max_seq_len):
         raise SettingsError(f"the weights of {checkpoint} belong to another schema or length limit than {folder} has; build an engine for it")
     put(found, loaded, out / backend.GRAPH)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from model.kernels import ahead
-from model.kernels.indexed import Variant
+from model.kernels.variants import Variant
 
 TARGETS = ("SM80", "SM86", "SM89", "SM90", "SM120")
 SHARED = {"SM80": 163, "SM86": 99, "SM89": 99, "SM90": 227, "SM120": 99}
@@ -31,5 +31,5 @@ def test_a_variant_is_machine_code_for_every_generation(tmp_path, monkeypatch: p
 
 
 def test_what_triton_cannot_compile_is_said_in_its_words() -> None:
-    with pytest.raises(RuntimeError, match="\\w+"):
+    with pytest.raises(RuntimeError, match=r"\w+"):
         ahead.compiled([HALF], ["SM10"])

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
+from model.batch import pack
+from model.config import ModelConfig
+from model.export import Form, export_onnx
 from model.hstu import HistoryCandidateAttention
 from model.kernels import indexed
-from model.kernels.indexed import HEAD_WIDTHS, Variant, attend, attend_last
+from model.kernels.indexed import attend, attend_last
+from model.kernels.variants import HEAD_WIDTHS, Variant
 from model.masks import layout
+from model.onnx import attention as operators
 from model.packing import pack_numpy
 from pipeline.backends.rounding import round_batch
 from pipeline.contracts import RankingRequest
 from tests.factories import jagged_requests, random_request
 from tests.model.kernels.cases import DEVICE, DTYPES, TOLERANCE, distance
+from tests.model.lively import lively_model
 
 INDEX = ("history_index", "history_limit", "candidate_index", "candidate_limit")
 
@@ -178,6 +188,36 @@ def test_a_planted_mistake_in_the_limits_is_seen(mistake: Callable[[dict[str, to
     wanted = oracle(batch)
     mistake(batch.arrays)
     assert distance(run(batch)[0], wanted[0]) > 1e-3
+
+
+class _Attention(OpRun):
+    """An operator of the exported graph by our kernel."""
+
+    op_domain = operators.DOMAIN
+
+    def _run(self, *inputs: Any, heads: int = 0, alpha: float = 0.0) -> tuple[Any]:
+        tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE) for array in inputs]
+        return (self.compute(*tensors, heads=heads, alpha=float(alpha)).cpu().numpy(),)
+
+
+class HstuAttention(_Attention):
+    compute = staticmethod(attend)
+
+
+class HstuCandidateAttention(_Attention):
+    compute = staticmethod(attend_last)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_an_exported_network_scores_the_same_with_the_kernel_in_its_place(tmp_path: Path, dynamic: bool) -> None:
+    model = lively_model(ModelConfig(d_model=32, layers=2, heads=2, max_seq_len=256, scaling_seqlen=64, embedding_dim=8, dynamic_mask=dynamic))
+    export_onnx(model, tmp_path / "model.onnx", Form(attention="operator"))
+    requests = jagged_requests(np.random.default_rng(4), count=5)
+    arrays = round_batch(pack_numpy(requests, 8))
+    graph = ReferenceEvaluator(str(tmp_path / "model.onnx"), new_ops=[HstuAttention, HstuCandidateAttention])
+    got = graph.run(None, {name: arrays[name] for name in graph.input_names})[0][: counted(requests)[1]]
+    with torch.inference_mode():
+        np.testing.assert_allclose(got, model(*pack(requests).tensors()).numpy(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"width": 48}, {"dtype": "float64"}, {"heads": 0}])
