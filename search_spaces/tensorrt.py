@@ -27,6 +27,7 @@ def space(cores: int) -> Space:
     defaults: Settings = {
         "quant.recipe": "none",
         **CONSTANT,
+        "build.attention": "operators",
         "build.profiles": 1,
         "build.level": 3,
         "build.tiling": "none",
@@ -47,6 +48,11 @@ def space(cores: int) -> Space:
                 name="quant.recipe",
                 options=("none", "int8_max", "int8_smoothquant"),
                 why="int8 products of the layers' projections; attention stays in floats, and small ones are bound by launches and not by products",
+            ),
+            Choice(
+                name="build.attention",
+                options=("operators", "plugin"),
+                why="plugin is our kernel: scores stay on the chip, masked ones are not computed; but without graphs Python launches it",
             ),
             Int(
                 name="build.level", low=0, high=5, why="higher levels try more tactics; from 3 on a build takes longer than it saves in most networks"

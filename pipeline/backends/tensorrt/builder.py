@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.backends.tensorrt import inspect, plugin
 from pipeline.backends.tensorrt.flavour import Flavour, capability, words
-from pipeline.backends.tensorrt.inspect import Listing
+from pipeline.backends.tensorrt.inspect import Layer, Listing
 from pipeline.backends.tensorrt.profiles import Profile
 from pipeline.errors import SettingsError
 
@@ -55,7 +55,12 @@ class Built:
     engine: bytes
     timing_cache: bytes
     """Measured tactics, for the next build of a like network."""
-    listing: Listing
+    layers: list[Layer]
+
+    @property
+    def listing(self) -> Listing:
+        """Counts over the layers."""
+        return inspect.count(self.layers)
 
 
 def build(
@@ -100,7 +105,7 @@ def build(
     if serialised is None:
         raise SettingsError(f"{flavour.name} {flavour.version} cannot build this for {plan.target}: {words(lines)}")
     del monitor  # which TensorRT does not keep alive
-    return Built(engine=bytes(serialised), timing_cache=bytes(cache.serialize()), listing=inspect.count(inspect.from_log(lines)))
+    return Built(engine=bytes(serialised), timing_cache=bytes(cache.serialize()), layers=inspect.from_log(lines))
 
 
 def targets(flavour: Flavour, plan: Plan) -> tuple[str, ...]:
