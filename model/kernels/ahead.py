@@ -51,21 +51,19 @@ def compiled(variants: Sequence[Variant], targets: Sequence[str], progress: Call
     environment |= {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_DEFAULT_FP_FUSION": "1"}  # without line tables a cubin is a quarter of the size
     with tempfile.TemporaryDirectory() as folder:
         work = {"folder": folder, "targets": list(targets), "variants": [asdict(variant) for variant in variants]}
-        child = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(work)], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert child.stdout is not None
-        lines = []
-        for line in child.stdout:
-            lines.append(line.strip())
-            if line.startswith(PROGRESS):
-                progress(line.removeprefix(PROGRESS).strip())
-        if child.wait():
+        command = [sys.executable, "-m", __name__, json.dumps(work)]
+        lines: list[str] = []
+        with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+            for line in child.stdout or ():
+                lines.append(line.strip())
+                if line.startswith(PROGRESS):
+                    progress(line.strip())
+        if child.returncode:
             raise RuntimeError(next((line for line in reversed(lines) if line), "the compiling process died without a word"))
         return [_read(path) for path in sorted(Path(folder).glob("*.json"))]
 
 
-PROGRESS = "compiling "
+PROGRESS = "compiling"
 
 
 def _read(path: Path) -> Compiled:
@@ -112,7 +110,7 @@ def main() -> None:
     work = json.loads(sys.argv[1])
     pairs = [(Variant(**fields), target) for fields in work["variants"] for target in work["targets"]]
     for number, (variant, target) in enumerate(pairs):
-        print(f"{PROGRESS}{variant.dtype} {variant.heads}x{variant.width}{' last' if variant.last else ''} for {target}", flush=True)
+        print(f"{PROGRESS} attention, {variant.dtype} {variant.heads}x{variant.width}{' last' if variant.last else ''} for {target}", flush=True)
         fields, code = _compile(variant, target)
         path = Path(work["folder"]) / f"{number:04d}.json"
         path.with_suffix(".cubin").write_bytes(code)

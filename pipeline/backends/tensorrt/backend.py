@@ -157,7 +157,7 @@ def opened(folder: Path, built: EngineFile) -> tuple[Flavour, Any]:
     found, compatible = installed(), bool(built.settings["build.version_compatible"])
     _check_place(found, built.details, flavour.capability(), compatible)
     if built.settings.get("build.attention") == PLUGIN:
-        plugin.register(found)
+        plugin.registered(found)
     return found, execution.deserialise(found, (folder / ENGINE).read_bytes(), compatible)
 
 

@@ -79,7 +79,7 @@ def build(
     logger.take()
     if plan.attention == plugin.PLUGIN:
         plugin.ready(flavour)
-        plugin.register(flavour)
+        plugin.registered(flavour)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)

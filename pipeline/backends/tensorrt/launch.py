@@ -41,12 +41,20 @@ def load(state: Mapping[str, bytes]) -> Kernel:
     here, kernels = f"SM{major}{minor}", json.loads(state[HEADER])["kernels"]
     if here not in kernels:
         raise RuntimeError(f"the engine's attention was compiled for {', '.join(kernels)}, and this GPU is {here}; build it with build.target={here}")
-    told = kernels[here]
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    _ask("cuModuleLoadData", ctypes.byref(module), state[here])
-    _ask("cuModuleGetFunction", ctypes.byref(function), module, told["name"].encode())
-    _ask("cuFuncSetAttribute", function, SHARED_MEMORY, told["shared"])
+    told, context = kernels[here], ctypes.c_void_p()
+    _ask("cuCtxGetCurrent", ctypes.byref(context))
+    function = _function(context.value, state[here], told["name"], told["shared"])
     return Kernel(function, told["threads"], told["shared"], tuple(told["parameters"]))
+
+
+@cache
+def _function(context: int | None, code: bytes, name: str, shared: int) -> Any:
+    """Loaded once a context, for all layers and all engines."""
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _ask("cuModuleLoadData", ctypes.byref(module), code)
+    _ask("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+    _ask("cuFuncSetAttribute", function, SHARED_MEMORY, shared)
+    return function
 
 
 def enqueue(

@@ -84,14 +84,9 @@ def compile_for(flavour: Flavour, network: Any, targets: Sequence[str], progress
     registered(flavour).kernels.update({variant: [kernel for kernel in made if kernel.variant == variant] for variant in wanted})
 
 
-def register(flavour: Flavour) -> None:
-    """Make the plugins known to this process's TensorRT, for parsing and for loading."""
-    registered(flavour)
-
-
 @cache
 def registered(flavour: Flavour) -> Shelf:
-    """The plugins, registered once: TensorRT keeps a creator for as long as the process lives."""
+    """The plugins, known to this process's TensorRT from here on, for parsing and for loading."""
     trt: Any = flavour.trt
     shelf = Shelf({}, {})
     attention = _plugin(trt, shelf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from model.kernels import ahead
-from model.kernels.variants import Variant
+from model.kernels.variants import HEAD_WIDTHS, TYPES, Variant
 
 TARGETS = ("SM80", "SM86", "SM89", "SM90", "SM120")
 SHARED = {"SM80": 163, "SM86": 99, "SM89": 99, "SM90": 227, "SM120": 99}
@@ -33,3 +33,12 @@ def test_a_variant_is_machine_code_for_every_generation(tmp_path, monkeypatch: p
 def test_what_triton_cannot_compile_is_said_in_its_words() -> None:
     with pytest.raises(RuntimeError, match=r"\w+"):
         ahead.compiled([HALF], ["SM10"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", HEAD_WIDTHS)
+def test_every_variant_fits_every_generation(width: int) -> None:
+    variants = [Variant(heads=2, width=width, dtype=dtype, last=last) for dtype in TYPES for last in (False, True)]
+    made = ahead.compiled(variants, TARGETS)
+    assert len(made) == len(variants) * len(TARGETS)
+    assert not [(kernel.variant, kernel.target, kernel.shared) for kernel in made if kernel.shared > SHARED[kernel.target] * 1024]

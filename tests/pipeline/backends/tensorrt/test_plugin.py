@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from model import checkpoint
+from model.batch import pack
 from model.config import ModelConfig
 from model.export import AXES, Form, export_onnx
 from model.kernels import ahead
@@ -23,7 +24,9 @@ from pipeline.backends.tensorrt.builder import Plan
 from pipeline.backends.tensorrt.flavour import RTX, Flavour
 from pipeline.backends.tensorrt.profiles import profiles
 from pipeline.errors import SettingsError
-from tests.factories import SCHEMA
+from tests.factories import SCHEMA, jagged_requests
+from tests.model.kernels.cases import TOLERANCE, distance
+from tests.model.kernels.packed import INDEX, counted, oracle, packed
 from tests.pipeline.backends.tensorrt.conftest import CONFIG
 
 PLAN = Plan(profiles=profiles(1024, 1, CONFIG.max_seq_len), target="SM89", attention=plugin.PLUGIN)
@@ -175,3 +178,61 @@ def test_why_the_plugin_is_not_one_that_needs_no_python_to_run(found: Flavour, t
     assert not hasattr(trt.INetworkDefinition, "add_plugin_v3")
     with pytest.raises(ModuleNotFoundError, match=r"tensorrt_rtx_bindings\.plugin"):
         __import__("tensorrt_rtx.plugin")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("width", [16, 64, 128])
+def test_the_machine_code_launched_by_the_driver_agrees_with_the_module(dtype: str, width: int) -> None:
+    kind, (major, minor) = getattr(torch, dtype), torch.cuda.get_device_capability()
+    requests = jagged_requests(np.random.default_rng(width), count=9)
+    batch = packed(requests, 32, width=width, dtype=kind, rounded=True)
+    q, kv = batch.last
+    index = [batch.arrays[name] for name in INDEX]
+    for last, inputs, wanted, rows in zip(
+        (False, True), ([batch.qkv, *index], [q, kv, index[0], *index[2:]]), oracle(batch), counted(requests), strict=True
+    ):
+        variant = Variant(heads=batch.heads, width=width, dtype=dtype, last=last)
+        made = ahead.compiled([variant], [f"SM{major}{minor}"])
+        kernel = launch.load(plugin.Shelf({variant: made}, {}).state(batch.alpha, variant))
+        out = torch.full_like(wanted, float("nan"), dtype=kind)
+
+        def enqueue() -> None:
+            shapes, addresses = [tuple(x.shape) for x in inputs], [x.data_ptr() for x in inputs]  # noqa: B023
+            launch.enqueue(kernel, variant, batch.alpha, shapes, addresses, out.data_ptr(), torch.cuda.current_stream().cuda_stream)  # noqa: B023
+
+        enqueue()
+        torch.cuda.synchronize()
+        assert distance(out[:rows], wanted[:rows]) < TOLERANCE[kind]
+        first = out[:rows].clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            enqueue()
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out[:rows], first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_an_engine_with_our_kernel_scores_as_the_one_of_operators_and_as_the_network(folder: Path, tmp_path: Path, graphs: bool) -> None:
+    if reason := BACKEND.unavailable():
+        pytest.skip(reason)
+    requests = jagged_requests(np.random.default_rng(3), count=12)
+    scores = {}
+    for attention in (plugin.OPERATORS, plugin.PLUGIN):
+        (tmp_path / attention).mkdir()
+        BACKEND.build(folder / "checkpoint", {"build.max_tokens": 1024, "build.attention": attention}, tmp_path / attention)
+        session = BACKEND.load(tmp_path / attention, {"serve.max_batch_tokens": 1024, "engine.graphs": graphs})
+        try:
+            assert session.effective["build.attention"] == attention
+            for _ in range(3):  # as it is, captured, replayed
+                scores[attention] = [session.submit(request).result(60) for request in requests]
+        finally:
+            session.close()
+    with torch.inference_mode():
+        network = checkpoint.load(folder / "checkpoint")(*pack(requests).tensors()).numpy()
+    operators, ours = (np.concatenate(scores[attention]) for attention in (plugin.OPERATORS, plugin.PLUGIN))
+    assert np.abs(ours - network).max() < 1e-2  # TensorRT may take its own products in TF32
+    assert np.abs(ours - operators).max() < 1e-2
