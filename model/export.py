@@ -32,7 +32,7 @@ from model.precision import cast
 from model.rounded import apply
 from pipeline.contracts import FeatureSchema, RankingRequest
 
-__all__ = ["AXES", "OPSET", "OUTPUT", "Form", "export_checkpoint", "export_onnx"]
+__all__ = ["AXES", "OPSET", "OUTPUT", "Form", "export_checkpoint", "export_onnx", "join"]
 
 OUTPUT = "scores"
 
@@ -76,7 +76,7 @@ def export_onnx(model: MTGR, path: Path, form: Form = Form(), progress: Progress
     if model.dtype != torch.float32 or model.device.type != "cpu":
         raise ValueError(f"export takes a float32 model on the CPU, got {model.dtype} on {model.device}; convert it first")
     tables = {name: stored.held(tensor) for name, tensor in model.state_dict().items() if name.startswith(checkpoints.TABLES)}
-    _export(model, tables, path, form, 0, progress)
+    _export(model, tables, path, form, progress)
 
 
 def export_checkpoint(
@@ -85,44 +85,49 @@ def export_checkpoint(
     recipe: str = "none",
     form: Form = Form(),
     progress: Progress = lambda share, text: None,
+    *,
+    rows: bool = True,
 ) -> tuple[FeatureSchema, int]:
     """Write the graph of a checkpoint of that quantisation recipe, its tables streamed from file to file. Returns its schema and its longest request.
 
-    Raises CheckpointError where the checkpoint is not whole or not of the recipe, and as `export_onnx` does.
+    Without `rows` tables have one row of no meaning, for whoever changes the graph before `join` gives it theirs. Raises CheckpointError where the
+    checkpoint is not whole or not of the recipe, and as `export_onnx` does.
     """
     model = checkpoints.load(folder, recipe, tables=False)
     config: dict[str, Any] = json.loads((folder / checkpoints.CONFIG).read_text())
-    tables = {name: table for name, table in stored.tensors(folder / checkpoints.WEIGHTS).items() if name.startswith(checkpoints.TABLES)}
-    roundings, block = config.get("roundings", {}), 0
-    if roundings:
-        apply(model, roundings)
-        block = INT4_BLOCK if config["recipe"]["number"] == "int4" else 0
-    _export(model.float(), tables, path, form, block, progress)
+    _export(apply(model.float(), config.get("roundings", {})), _tables(folder) if rows else {}, path, form, progress)
     return model.schema, model.config.max_seq_len
 
 
-INT4_BLOCK = 32
-"""Weights along a row that share a scale in a checkpoint of an int4 recipe."""
+def join(graph: Path, folder: Path, path: Path, inline_bytes: int = INLINE, progress: Progress = lambda share, text: None) -> None:
+    """Write the graph of a file, exported from `folder` without rows and changed by whatever keeps initializers' names, to `path` with the rows."""
+    files.write(onnx.load(str(graph)), path, _tables(folder), inline_bytes, progress)
 
 
-def _export(model: MTGR, tables: Mapping[str, stored.Stored], path: Path, form: Form, block: int, progress: Progress) -> None:
+def _tables(folder: Path) -> dict[str, stored.Stored]:
+    return {name: table for name, table in stored.tensors(folder / checkpoints.WEIGHTS).items() if name.startswith(checkpoints.TABLES)}
+
+
+def _export(model: MTGR, tables: Mapping[str, stored.Stored], path: Path, form: Form, progress: Progress) -> None:
     for name, tensor in model.state_dict().items():
-        if name not in tables:
+        if not name.startswith(checkpoints.TABLES):
             files.require_finite(name, tensor)
-    small = cast(_without_rows(model), form.precision)
+    if any(buffer.dtype == torch.float8_e4m3fn for buffer in model.embedding.features.buffers()):
+        raise ValueError("ONNX has no look-up in fp8 tables; export a model whose tables are int8 or floats")
+    small = _without_rows(model)
+    weights = rounding.replace(small)  # before they are cast: from half precision a grid cannot be found again
+    cast(small, form.precision)
     for name, tensor in small.state_dict().items():
         files.require_finite(name, tensor, files.other_type(tensor.dtype))
     progress(0.0, "tracing")
-    domains, bodies = {}, []
-    if rounding.replace(small, block):
-        domains[rounding.DOMAIN] = rounding.VERSION
+    domains, bodies = {rounding.DOMAIN: rounding.VERSION} if weights else {}, []
     if form.attention != "inline":
         domains[operators.DOMAIN] = operators.VERSION
         bodies = operators.functions(small) if form.attention == "function" else []
         operators.replace(small)
     example = pack(_example(model.schema), bucket=4)
     graph = trace(small, example.tensors(), INPUT_NAMES, OUTPUT, AXES, domains)
-    rounding.expand(graph)
+    rounding.expand(graph, weights)
     graph.functions.extend(bodies)
     files.write(graph, path, tables, form.inline_bytes, progress)
     onnx.checker.check_model(str(path), full_check=True)

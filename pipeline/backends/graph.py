@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import CheckpointError
+
 if TYPE_CHECKING:
     import onnx
 
@@ -64,7 +66,7 @@ def _quantise_bias(
 
 
 def optimise(source: Path, target: Path, level: str) -> dict[str, int]:
-    """Let the runtime optimise a graph and keep it. Returns its operators, counted."""
+    """Let the runtime optimise a graph and keep it. Returns its operators, counted. Raises CheckpointError in its words where it cannot."""
     import onnx
     import onnxruntime
 
@@ -73,6 +75,14 @@ def optimise(source: Path, target: Path, level: str) -> dict[str, int]:
     options.optimized_model_filepath = str(target)
     options.intra_op_num_threads = 1
     options.log_severity_level = 3  # it warns that the file suits this machine, which the environment's fingerprint keeps track of
-    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    try:
+        onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own, which share no base but this
+        raise CheckpointError(f"ONNX Runtime {onnxruntime.__version__} cannot read {source}: {said(error)}; export the checkpoint again") from error
     counts = Counter(node.op_type for node in onnx.load(str(target), load_external_data=False).graph.node)
     return dict(sorted(counts.items()))
+
+
+def said(error: Exception) -> str:
+    """The runtime's words in one line, without what it puts before them."""
+    return " ".join(str(error).split()).rpartition("[ONNXRuntimeError] : ")[2]

@@ -1,8 +1,8 @@
 """ONNX Runtime on the CPU: the network as one optimised graph, in float32 or with int8 products.
 
-Building exports the checkpoint (or takes the graph of a quantised one), lets the runtime optimise it once and keeps the result, so that
-loading imports neither torch nor onnx and optimises nothing. What the runtime made of the graph is counted there, from the very
-file that is served: asking for int8 is one thing, getting integer kernels another.
+Building exports the checkpoint, lets the runtime optimise it once and keeps the result, so that loading imports neither torch nor onnx and optimises
+nothing. Embedding tables join what was optimised: they would be copied at every step, and large ones are mapped from a file of their own. What the
+runtime made of the graph is counted there, from the very file that is served: asking for int8 is one thing, getting integer kernels another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from model.packing import pack_numpy
 from pipeline.backends import quantised
-from pipeline.backends.graph import integer_bias, optimise
+from pipeline.backends.graph import integer_bias, optimise, said
 from pipeline.backends.knobs import SERVE, Knob, settle, threads
 from pipeline.backends.quantised import NONE
 from pipeline.backends.session import BatchedSession, policy
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     import onnxruntime
 
 GRAPH, MANIFEST = "graph.onnx", "engine.json"
-CALIBRATED = "model.onnx"
-"""In a quantised checkpoint whose layers are int8. One of tables alone is exported like any other."""
 
 BUILD: Mapping[str, Knob] = {
     "quant.recipe": Knob(default=NONE, options=quantised.with_tables(("int8_max", "int8_smoothquant", "int8_sparse"), ("tables_int8",))),
@@ -66,16 +64,18 @@ class OnnxRuntimeBackend:
         """Optimised graph, then engine.json, in `out`. Raises SettingsError where the recipe is not the checkpoint's, CheckpointError if broken."""
         settled = settle(self.name, settings, BUILD)
         recipe = str(settled["quant.recipe"])
-        draft = out / "draft.onnx"
+        traced, draft, optimised = (out / f"{name}.onnx" for name in ("traced", "draft", "optimised"))
         config = quantised.read(checkpoint, recipe)
-        integers = config is not None and (checkpoint / CALIBRATED).is_file()
-        if config is not None and integers:
-            described = {"schema": config["schema"], "max_seq_len": config["model"]["max_seq_len"]}
-            integer_bias(checkpoint / CALIBRATED, draft)
+        integers = config is not None and any(rounding["number"] == "int8" for rounding in quantised.roundings(config, "fp32").values())
+        described = _export(checkpoint, recipe, traced)
+        if integers:
+            integer_bias(traced, draft)
         else:
-            described = _export(checkpoint, recipe, draft)
-        operators = optimise(draft, out / GRAPH, str(settled["build.graph_level"]))
-        draft.unlink()
+            traced.rename(draft)
+        operators = optimise(draft, optimised, str(settled["build.graph_level"]))
+        _join(optimised, checkpoint, out / GRAPH)
+        for made in (traced, draft, optimised):
+            made.unlink(missing_ok=True)
         integer = sum(operators.get(name, 0) for name in INTEGER_KERNELS)
         if integers and not integer:
             raise SettingsError(
@@ -88,7 +88,7 @@ class OnnxRuntimeBackend:
             "operators": operators,
             "integer_kernels": integer,
             "byte_tables": _byte_tables(out / GRAPH),
-            "files": {GRAPH: _sha256(out / GRAPH)},
+            "files": {file.name: _sha256(file) for file in sorted(out.glob(f"{GRAPH}*"))},
         }
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
@@ -98,11 +98,11 @@ class OnnxRuntimeBackend:
 
         settled = settle(self.name, settings, LOAD)
         manifest = _read_manifest(engine)
-        session = onnxruntime.InferenceSession(
-            str(engine / GRAPH),
-            _options(int(settled["engine.threads"]), bool(settled["engine.arena"]), bool(settled["engine.spinning"])),
-            providers=["CPUExecutionProvider"],
-        )
+        options = _options(int(settled["engine.threads"]), bool(settled["engine.arena"]), bool(settled["engine.spinning"]))
+        try:
+            session = onnxruntime.InferenceSession(str(engine / GRAPH), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime's own, which share no base but this
+            raise ArtifactError(f"ONNX Runtime {onnxruntime.__version__} cannot load {engine / GRAPH}: {said(error)}; build it again") from error
         taken = frozenset(value.name for value in session.get_inputs())
         multiple = policy(settled).multiple
 
@@ -153,7 +153,8 @@ def _byte_tables(graph: Path) -> int:
     """Embedding tables that the file keeps in one byte a value."""
     import onnx
 
-    return sum(".tables." in v.name and v.data_type == onnx.TensorProto.INT8 for v in onnx.load(str(graph)).graph.initializer)
+    model = onnx.load(str(graph), load_external_data=False)
+    return sum(".tables." in v.name and v.data_type == onnx.TensorProto.INT8 for v in model.graph.initializer)
 
 
 def _options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.SessionOptions:
@@ -172,13 +173,17 @@ def _options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.Ses
 
 
 def _export(checkpoint: Path, recipe: str, path: Path) -> dict[str, Any]:
-    """The float32 graph of a trained checkpoint, or of one whose tables alone are quantised."""
-    from model import checkpoint as checkpoints
-    from model.export import export_onnx
+    """The float32 graph of a checkpoint, with Q/DQ where it is quantised, without the rows of its tables."""
+    from model.export import export_checkpoint
 
-    model = checkpoints.load(checkpoint, recipe)
-    export_onnx(model.float(), path)
-    return {"schema": asdict(model.schema), "max_seq_len": model.config.max_seq_len}
+    schema, longest = export_checkpoint(checkpoint, path, recipe, rows=False)
+    return {"schema": asdict(schema), "max_seq_len": longest}
+
+
+def _join(graph: Path, checkpoint: Path, path: Path) -> None:
+    from model.export import join
+
+    join(graph, checkpoint, path)
 
 
 def _read_manifest(engine: Path) -> dict[str, Any]:
@@ -186,9 +191,10 @@ def _read_manifest(engine: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ArtifactError(f"a built engine ends with {MANIFEST}, but {engine} has none: it is incomplete; build it again")
     manifest: dict[str, Any] = json.loads(path.read_text())
-    found, expected = _sha256(engine / GRAPH) if (engine / GRAPH).is_file() else "no such file", manifest["files"][GRAPH]
-    if found != expected:
-        raise ArtifactError(f"{engine / GRAPH} is not what was built: expected sha256 {expected}, found {found}; build it again")
+    for name, expected in manifest["files"].items():
+        found = _sha256(engine / name) if (engine / name).is_file() else "no such file"
+        if found != expected:
+            raise ArtifactError(f"{engine / name} is not what was built: expected sha256 {expected}, found {found}; build it again")
     return manifest
 
 

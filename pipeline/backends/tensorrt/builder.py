@@ -91,6 +91,8 @@ def build(
         raise SettingsError(f"{flavour.name} {flavour.version} cannot parse {source}: {said}; export the checkpoint again")
     if plan.attention == plugin.PLUGIN:
         plugin.compile_for(flavour, network, generations(flavour, plan), progress)
+    else:
+        plugin.refuse(flavour, network)
     config = builder.create_builder_config()
     _configure(flavour, config, plan)
     for ranges in plan.profiles:

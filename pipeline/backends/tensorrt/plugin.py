@@ -66,15 +66,25 @@ def ready(flavour: Flavour) -> None:
         raise SettingsError(f"build.attention={PLUGIN}: {reason}; or set build.attention={OPERATORS}")
 
 
+def refuse(flavour: Flavour, network: Any) -> None:
+    """Raises SettingsError where a parsed network has plugins that nobody asked for: an earlier build of this process made them known."""
+    if layers := _layers(flavour, network):
+        raise SettingsError(f"{layers[0].plugin.node} of {layers[0].name} has no body of operators; set build.attention={PLUGIN}")
+
+
+def _layers(flavour: Flavour, network: Any) -> list[Any]:
+    layers = [network.get_layer(number) for number in range(network.num_layers)]
+    found = [layer for layer in layers if layer.type == flavour.trt.LayerType.PLUGIN_V3]
+    for layer in found:
+        layer.__class__ = flavour.trt.IPluginV3Layer  # how TensorRT's classes are narrowed in Python
+    return [layer for layer in found if hasattr(layer.plugin, "variant_of")]  # TensorRT has plugins of its own
+
+
 def compile_for(flavour: Flavour, network: Any, targets: Sequence[str], progress: Callable[[str], None]) -> None:
     """Compile what the plugins of a parsed network need, and keep it for them. Raises SettingsError where Triton cannot, or nothing needs it."""
     from model.kernels import ahead
 
-    wanted = set()
-    for layer in (network.get_layer(number) for number in range(network.num_layers)):
-        if layer.type == flavour.trt.LayerType.PLUGIN_V3:
-            layer.__class__ = flavour.trt.IPluginV3Layer  # how TensorRT's classes are narrowed in Python
-            wanted.add(layer.plugin.variant_of(layer.get_input(0)))
+    wanted = {layer.plugin.variant_of(layer.get_input(0)) for layer in _layers(flavour, network)}
     if not wanted:
         raise SettingsError(f"build.attention={PLUGIN} needs a graph with nodes of {', '.join(NODES)}; export the checkpoint again")
     try:

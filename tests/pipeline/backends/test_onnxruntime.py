@@ -1,10 +1,12 @@
 """The ONNX Runtime engine scores as the network does, says what it really runs, and needs neither torch nor onnx to load."""
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,9 @@ from calibration.recipes import get
 from model import checkpoint
 from model.batch import pack
 from model.config import SIZES
+from model.export import join
 from model.network import MTGR
+from pipeline.backends.graph import optimise
 from pipeline.backends.onnxruntime import BACKEND
 from pipeline.contracts import RankingRequest, Settings
 from pipeline.errors import ArtifactError, CheckpointError, InvalidRequest, SettingsError
@@ -159,6 +163,48 @@ def test_a_broken_engine_is_refused(folder: Path, tmp_path: Path) -> None:
     (engine / "engine.json").unlink()
     with pytest.raises(ArtifactError, match="has none: it is incomplete"):
         BACKEND.load(engine, SERVE)
+
+
+@pytest.mark.parametrize("recipe", ["none", "int8_max"])
+def test_tensors_beside_the_graph_are_served_and_vouched_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    source = folder / ("checkpoint" if recipe == "none" else recipe)
+    whole, _ = scores(built(source, tmp_path / "whole", quant_recipe=recipe), edge_cases())
+    monkeypatch.setattr("pipeline.backends.onnxruntime._join", partial(join, inline_bytes=0))
+    engine = built(source, tmp_path / "engine", quant_recipe=recipe)
+    assert {file.name for file in engine.iterdir()} == {"graph.onnx", "graph.onnx.data", "engine.json"}
+    assert set(json.loads((engine / "engine.json").read_text())["files"]) == {"graph.onnx", "graph.onnx.data"}
+    beside, effective = scores(engine, edge_cases())
+    assert np.array_equal(whole, beside)
+    assert effective["quant.recipe"] == recipe
+    data = bytearray((engine / "graph.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (engine / "graph.onnx.data").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"graph\.onnx\.data is not what was built"):
+        BACKEND.load(engine, SERVE)
+
+
+def test_a_graph_that_does_not_parse_is_one_message(folder: Path, tmp_path: Path) -> None:
+    """One with the hash it should have: written by another version, or by hand."""
+    engine = built(folder / "checkpoint", tmp_path / "engine")
+    for content in (b"no onnx at all", (engine / "graph.onnx").read_bytes()[:5000]):
+        (engine / "graph.onnx").write_bytes(content)
+        manifest = json.loads((engine / "engine.json").read_text())
+        manifest["files"]["graph.onnx"] = hashlib.sha256(content).hexdigest()
+        (engine / "engine.json").write_text(json.dumps(manifest))
+        with pytest.raises(ArtifactError, match=r"ONNX Runtime [\d.]+ cannot load .*graph\.onnx: \d+ : .*; build it again") as caught:
+            BACKEND.load(engine, SERVE)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(CheckpointError, match=r"ONNX Runtime [\d.]+ cannot read .*graph\.onnx: \d+ : .*; export the checkpoint again"):
+            optimise(engine / "graph.onnx", tmp_path / "out.onnx", "all")
+
+
+def test_weights_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = checkpoint.load(folder / "checkpoint")
+    with torch.no_grad():
+        model.embedding.features.tables["item"].weight[7, 1] = float("nan")
+    checkpoint.save(tmp_path / "checkpoint", model)
+    with pytest.raises(CheckpointError, match=r"embedding\.features\.tables\.item\.weight has 1 that are not"):
+        built(tmp_path / "checkpoint", tmp_path / "engine")
 
 
 def test_loading_imports_neither_torch_nor_onnx(folder: Path, tmp_path: Path) -> None:

@@ -117,6 +117,13 @@ def test_kernels_are_made_for_every_gpu_that_may_run_the_engine(found: Flavour) 
     assert builder.generations(found, replace(PLAN, hardware_compatible=True)) == every
 
 
+def test_a_plugin_that_nobody_asked_for_is_refused(found: Flavour, folder: Path, tmp_path: Path) -> None:
+    plugin.registered(found)
+    export_onnx(checkpoint.load(folder / "checkpoint"), tmp_path / "bare.onnx", Form(attention="operator"))
+    with pytest.raises(SettingsError, match=r"HstuAttention of .* has no body of operators; set build\.attention=plugin"):
+        builder.build(found, tmp_path / "bare.onnx", replace(PLAN, attention=plugin.OPERATORS), AXES)
+
+
 def test_without_nodes_of_ours_there_is_nothing_to_plug_in(found: Flavour, folder: Path) -> None:
     with pytest.raises(SettingsError, match="needs a graph with nodes of HstuAttention, HstuCandidateAttention"):
         builder.build(found, folder / "fp32.onnx", PLAN, AXES)
