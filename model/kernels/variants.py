@@ -30,24 +30,31 @@ class Variant:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What the kernel is compiled with: its shape, and whether it rounds the SiLU as its type does anyway."""
-        whole = self.dtype == "float32"
+        """What the kernel is compiled with: its shape, which fits the registers and 99 KiB of shared memory, and how exact it is.
+
+        float32 takes three products in TF32 for one, on tensor cores, and an exact SiLU; the others a SiLU as exact as they are.
+        """
+        whole, wide = self.dtype == "float32", self.width > 64
+        if whole:
+            block_m, block_n = 16 if self.width == 256 else 32, 16 if wide else 32
+        else:
+            block_m, block_n = 64, 32 if self.width == 256 else 64
         return {
             "HEADS": self.heads,
             "WIDTH": self.width,
             "LAST": self.last,
-            "BLOCK_M": 32 if whole else 64,
-            "BLOCK_N": 32 if whole or self.width == 256 else 64,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
             "FAST": not whole,
             "PRECISION": "tf32x3" if whole else "ieee",
-            "STAGES": 3 if self.width <= 64 and not whole else 2,
+            "STAGES": 2 if whole or wide else 3,
             "COUNTED": COUNTED,
         }
 
     @property
     def warps(self) -> int:
         """Of 32 threads each."""
-        return 8 if self.width == 256 else 4
+        return 8 if self.width == 256 or (self.width == 128 and self.dtype != "float32") else 4
 
     def programs(self, requests: int, history: int, candidates: int) -> int:
         """All along the grid's first axis: the others end at 65,535."""

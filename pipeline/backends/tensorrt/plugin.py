@@ -84,7 +84,10 @@ def compile_for(flavour: Flavour, network: Any, targets: Sequence[str], progress
     """Compile what the plugins of a parsed network need, and keep it for them. Raises SettingsError where Triton cannot, or nothing needs it."""
     from model.kernels import ahead
 
-    wanted = {layer.plugin.variant_of(layer.get_input(0)) for layer in _layers(flavour, network)}
+    try:
+        wanted = {layer.plugin.variant_of(layer.get_input(0)) for layer in _layers(flavour, network)}
+    except ValueError as error:
+        raise SettingsError(f"build.attention={PLUGIN}: {error}; set build.attention={OPERATORS}") from error
     if not wanted:
         raise SettingsError(f"build.attention={PLUGIN} needs a graph with nodes of {', '.join(NODES)}; export the checkpoint again")
     try:

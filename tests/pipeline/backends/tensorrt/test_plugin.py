@@ -136,6 +136,12 @@ def test_another_network_keeps_its_operators(found: Flavour, tmp_path: Path) -> 
         BACKEND.build(tmp_path / "checkpoint", {"build.attention": "plugin", "build.target": "SM89"}, tmp_path)
 
 
+def test_a_width_of_heads_that_no_kernel_has_is_the_settings_fault(found: Flavour, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "checkpoint", MTGR(replace(CONFIG, d_model=24), SCHEMA))
+    with pytest.raises(SettingsError, match=r"a head is one of \(16, 32, .* wide.*width=12.*set build\.attention=operators"):
+        BACKEND.build(tmp_path / "checkpoint", {"build.attention": "plugin", "build.target": "SM89"}, tmp_path)
+
+
 def test_new_weights_and_plugins_exclude_each_other(found: Flavour, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"build\.refit=true takes build\.attention=operators, got plugin"):
         BACKEND.build(folder / "checkpoint", {"build.attention": "plugin", "build.refit": True}, tmp_path)
