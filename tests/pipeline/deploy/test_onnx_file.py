@@ -1,0 +1,72 @@
+"""form=onnx is enough for a stranger to check it, whatever files the graph is in."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from model.packing import pack_numpy
+from pipeline import artifact
+from pipeline.deploy import onnx_file
+from pipeline.deploy.forms import export
+from pipeline.errors import ArtifactError
+from pipeline.requests import load_requests
+
+
+def example(folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([sys.executable, "example.py"], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_example_finds_parity_and_a_difference(shipped: Path, tmp_path: Path) -> None:
+    out = export(shipped, tmp_path / "out", "onnx")
+    good = example(out)
+    assert good.returncode == 0, good.stderr
+    assert re.match(r"\d+ candidates, largest difference \S+, at most 5e-05 is allowed", good.stdout)
+    golden = dict(np.load(out / "golden.npz"))
+    golden["scores"][0, 0] += np.float32(1e-3)
+    np.savez(out / "golden.npz", **golden)
+    assert example(out).returncode == 1
+
+
+def test_every_input_is_described_and_packed(shipped: Path, tmp_path: Path) -> None:
+    out = export(shipped, tmp_path / "out", "onnx")
+    layout, golden = json.loads((out / "layout.json").read_text()), np.load(out / "golden.npz")
+    taken = [value.name for value in onnx.load(str(out / "graph.onnx")).graph.input]
+    assert [value["name"] for value in layout["inputs"]] == taken
+    assert set(golden.files) == {*taken, "scores"}
+    packed = pack_numpy(load_requests(shipped / "golden.npz"), 8)
+    for value in layout["inputs"]:
+        assert value["meaning"]
+        assert golden[value["name"]].dtype == value["type"]
+        assert golden[value["name"]].ndim == len(value["shape"])
+        assert all(length == axis for length, axis in zip(golden[value["name"]].shape, value["shape"], strict=True) if isinstance(axis, int))
+        assert np.array_equal(golden[value["name"]], packed[value["name"]])
+    assert layout["heads"] == {"recommendation": 0, "engagement": 1, "retention": 2}
+    assert layout["limits"]["max_seq_len"] == 256
+
+
+def test_tensors_in_files_beside_the_graph_travel_with_it(shipped: Path, tmp_path: Path) -> None:
+    split = artifact.export(shipped, tmp_path / "split")
+    graph = onnx.load(str(split / "engine" / "graph.onnx"))
+    onnx.save(graph, str(split / "engine" / "graph.onnx"), save_as_external_data=True, location="weights.bin", size_threshold=64)
+    manifest = artifact.verify(shipped)
+    files = {name: artifact.digest_of(split / name) for name in (*manifest.files, "engine/weights.bin")}
+    artifact._write_manifest(split, replace(manifest, files=files))
+    out = export(split, tmp_path / "out", "onnx")
+    assert (out / "weights.bin").stat().st_size > 1000
+    assert example(out).returncode == 0
+
+
+def test_an_engine_without_an_onnx_file_says_what_has_one(eager: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"engines made of an ONNX file \(onnxruntime, tensorrt\), and this one is eager; tune with"):
+        export(eager, tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
+    assert onnx_file.GRAPH == "graph.onnx"
