@@ -301,5 +301,6 @@ answers:
 - `GET /v1/model`: the features expected, the limits, this manifest
 - `GET /healthz`, `GET /readyz`, `GET /metrics`
 
-`python -m pipeline export FOLDER DESTINATION` copies it, and with `form=triton`, `form=python` or `form=onnx` makes other things of it. The figures hold for the machine in `manifest.json` under `environment`.
+`python -m pipeline export FOLDER DESTINATION` copies it, or makes a Triton model repository of it (`form=triton`), plain Python (`form=python`) or
+an ONNX file alone (`form=onnx`). The figures hold for the machine in `manifest.json` under `environment`.
 """

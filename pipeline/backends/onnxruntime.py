@@ -59,8 +59,7 @@ class OnnxRuntimeBackend:
         """Why this machine cannot run it; None when it can."""
         from importlib.util import find_spec
 
-        missing = [package for package in ("onnx", "onnxruntime") if find_spec(package) is None]
-        return f"{' and '.join(missing)} not installed; pip install {' '.join(missing)}" if missing else None
+        return "onnxruntime is not installed; pip install onnxruntime" if find_spec("onnxruntime") is None else None
 
     def build(self, checkpoint: Path, settings: Settings, out: Path) -> None:
         """Optimised graph, then engine.json, in `out`. Raises SettingsError where the recipe is not the checkpoint's, CheckpointError if broken."""

@@ -32,6 +32,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Verify the artifact, load its engine, replay its golden requests. Raises TritonModelException with the reason."""
+        _require_tensors()
         if args["model_instance_kind"] == "GPU":
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]  # before any package of an engine looks
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -66,8 +67,8 @@ class TritonPythonModel:
             return error
 
     def _answer(self, futures: list[Future[Scores]] | Exception) -> Any:
-        from pipeline.errors import InvalidRequest, Overloaded
         from pipeline.contracts import HEADS
+        from pipeline.errors import InvalidRequest, Overloaded
 
         assert self.opened
         heads = [HEADS.index(head) for head in self.opened.manifest.heads]
@@ -121,6 +122,17 @@ def _array(request: Any, name: str) -> NDArray[Any] | None:
     """A tensor of a call, [B, ...]; None where it was not sent."""
     tensor = triton.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy()
+
+
+def _require_tensors() -> None:
+    """Raise TritonModelException unless tensors arrive as they are: a Python backend built for numpy 1 garbles numpy 2's and says nothing."""
+    sent = np.arange(6, dtype=np.int64).reshape(2, 3)
+    got = triton.Tensor.from_dlpack("probe", triton.Tensor("probe", sent).to_dlpack()).as_numpy()
+    if not np.array_equal(sent, got):
+        raise triton.TritonModelException(
+            f"tensors must arrive as they were sent, but this Triton's Python backend was not built for numpy {np.__version__} and garbles them; "
+            "pip install 'numpy<2' where it runs"
+        )
 
 
 def _error(message: str, code: str) -> Any:

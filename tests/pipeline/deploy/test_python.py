@@ -107,5 +107,5 @@ def test_sources_are_those_that_serving_imports() -> None:
 def test_an_engine_with_an_interpreter_of_its_own_is_refused(shipped: Path) -> None:
     manifest = artifact.verify(shipped)
     other = manifest.__class__(**{**vars(manifest), "backend": "vllm"})
-    with pytest.raises(ArtifactError, match="run in the process that opens them .* and this one is vllm; serve it with"):
+    with pytest.raises(ArtifactError, match=r"run in the process that opens them .* and this one is vllm; serve it with"):
         python.runtime(shipped, Path("unused"), Path("unused"), other)
