@@ -58,7 +58,8 @@ def save(folder: Path, model: MTGR, extra: Mapping[str, Any] | None = None) -> N
 def load(folder: Path, recipe: str = "none") -> MTGR:
     """The model of a checkpoint, in evaluation mode on the CPU and in the type it was saved in.
 
-    Raises CheckpointError unless it is whole and of that quantisation recipe, 'none' for weights as trained: rounded ones score otherwise.
+    Raises CheckpointError unless it is whole, without a NaN, and of that quantisation recipe, 'none' for weights as trained: rounded ones score
+    otherwise.
     """
     verify(folder)
     config, schema = _parse_config(folder)
@@ -75,7 +76,16 @@ def load(folder: Path, recipe: str = "none") -> MTGR:
         model.load_state_dict(tensors, assign=True)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} does not hold the model that {CONFIG} describes; train or fetch it again: {error}") from error
+    for name, tensor in tensors.items():
+        _require_finite(name, tensor, folder)
     return model.eval()
+
+
+def require_finite(folder: Path) -> None:
+    """Raise CheckpointError where a weight is no number or infinite, as `load` does, with one tensor in memory at a time."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            _require_finite(name, file.get_tensor(name), folder)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, FeatureSchema]:
@@ -136,6 +146,13 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     """Copies in memory of their own: in the file they lie out of line with what matrix products round alike on, and files get replaced."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _require_finite(name: str, tensor: torch.Tensor, folder: Path) -> None:
+    # A sum finds one without a mask as long as the tensor; bytes hold no such value, or are scaled by a tensor that is looked at.
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"weights must be finite, but {name} of {folder} has {bad} that are not; train it again, from before it diverged")
 
 
 def _sha256(path: Path) -> str:

@@ -57,7 +57,9 @@ def runtime(source: Path, code: Path, copy: Path, manifest: Manifest) -> None:
 
 def requirements(manifest: Manifest) -> list[str]:
     """Lines for pip: versions as they were when the engine was measured, where these are known."""
-    known = {name: manifest.environment.get(f"package.{name}") for name in NEEDS[manifest.backend]}
+    cuda = manifest.effective.get("build.provider") == "cuda"
+    needs = ["onnxruntime-gpu" if name == "onnxruntime" and cuda else name for name in NEEDS[manifest.backend]]
+    known = {name: manifest.environment.get(f"package.{name}") for name in needs}
     return [f"{name}=={version.partition('+')[0]}" if version else name for name, version in known.items()]
 
 

@@ -133,7 +133,7 @@ def batch_size(settings: Settings, golden: Sequence[RankingRequest]) -> int:
 
 def on_gpu(manifest: Manifest) -> bool:
     """Whether the engine was measured on one."""
-    return manifest.effective.get("engine.device") == "cuda" or manifest.backend in ("fused", "tensorrt")
+    return "cuda" in (manifest.effective.get("engine.device"), manifest.effective.get("build.provider")) or manifest.backend in ("fused", "tensorrt")
 
 
 def _readme(name: str, manifest: Manifest) -> str:

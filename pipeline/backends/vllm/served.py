@@ -8,14 +8,15 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from model.checkpoint import WEIGHTS, read_config, verify
+from model.checkpoint import WEIGHTS, read_config, require_finite, verify
 from pipeline.backends.vllm.payload import VOCABULARY
 from pipeline.backends.vllm.plugin import MODEL
 
 
 def write(checkpoint: Path, out: Path) -> None:
-    """Make `out`, a folder that may exist, from a checkpoint. Raises CheckpointError where that is not whole."""
+    """Make `out`, a folder that may exist, from a checkpoint. Raises CheckpointError where that is not whole or holds a NaN."""
     verify(checkpoint)
+    require_finite(checkpoint)
     config, schema = read_config(checkpoint)
     fields = {
         "architectures": [MODEL],
