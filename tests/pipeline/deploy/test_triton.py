@@ -201,7 +201,7 @@ def test_calls_handed_over_together_are_packed_and_answered_each(repository: Pat
         assert words in told["errors"][str(i)][1]
     sent = told["counters"]["requests"] - len(golden)  # the golden ones are scored one by one when it opens
     assert sent == len(golden) + 3
-    assert told["counters"]["batches"] - len(golden) < sent, "calls of one hand-over share batches"
+    assert told["counters"]["batches"] - len(golden) <= sent // 2, "calls of one hand-over share batches"
     assert told["from"].startswith(str(repository)), "it runs the sources in the repository"
     assert any("golden scores reproduced within" in line for line in told["log"])
     assert any("serve.max_wait_ms: was 0.5, is 0.0" in line for line in told["log"])
