@@ -147,7 +147,7 @@ Loading checks every file of `{name}/1/artifact` and scores the golden requests 
 says why. Then Triton sends `{name}/warmup`. Scores come as [K, {len(manifest.heads)}]: {", ".join(manifest.heads)}.
 
 Inputs have a leading axis, the requests of one call, which are then of one length; Triton batches calls of any lengths. `static_count` may be left
-out where the model was trained in chunks, `visible` where every candidate sees all events. The columns of each are in
+out where the model was trained in chunks and a history is sent whole, `visible` where every candidate sees all events. The columns of each are in
 `{name}/1/artifact/schema.json`. Older Tritons (2.51 is one) need numpy<2; the model says so and does not load. Each instance is a process with an
 engine of its own; the figures in the artifact's manifest were measured with one.
 """
