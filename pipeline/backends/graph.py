@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import SettingsError
+from pipeline.errors import CheckpointError
 
 if TYPE_CHECKING:
     import onnx
@@ -76,7 +76,7 @@ def _quantise_bias(
 def optimise(source: Path, target: Path, name: str) -> dict[str, int]:
     """Let the runtime optimise a graph for the CPU, to the level of that name, and keep it. Returns its operators, counted.
 
-    Raises SettingsError in the runtime's own words where it cannot take the file.
+    Raises CheckpointError in the runtime's words where it cannot.
     """
     import onnxruntime
 
@@ -87,10 +87,8 @@ def optimise(source: Path, target: Path, name: str) -> dict[str, int]:
     options.log_severity_level = 3  # it warns that the file suits this machine, which the environment's fingerprint keeps track of
     try:
         onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its classes have no base of their own
-        raise SettingsError(
-            f"onnxruntime {onnxruntime.__version__} cannot take {source}: {one_line(error)}; export or quantise the checkpoint again"
-        ) from error
+    except Exception as error:  # the runtime's own, which share no base but this
+        raise CheckpointError(f"ONNX Runtime {onnxruntime.__version__} cannot read {source}: {said(error)}; export the checkpoint again") from error
     return _operators(target)
 
 
@@ -107,9 +105,14 @@ def level(name: str) -> Any:
     return getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{name.upper()}")
 
 
-def one_line(said: object) -> str:
+def one_line(text: object) -> str:
     """The runtime's words as one line, without the colours of a terminal."""
-    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(said)).split())
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(text)).split())
+
+
+def said(error: Exception) -> str:
+    """The runtime's words in one line, without what it puts before them."""
+    return one_line(error).rpartition("[ONNXRuntimeError] : ")[2]
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """ONNX Runtime: the network as one optimised graph, in float32 or, on the CPU, with int8 products.
 
-Building exports the checkpoint (or takes the graph of a quantised one), lets the runtime optimise it once and keeps the result, so that
-loading imports neither torch nor onnx and optimises nothing. What the runtime made of the graph is counted there, from the very
-file that is served: asking for int8 is one thing, getting integer kernels another.
+Building exports the checkpoint, lets the runtime optimise it once and keeps the result, so that loading imports neither torch nor onnx and optimises
+nothing. Embedding tables join what was optimised: they would be copied at every step, and large ones are mapped from a file of their own. What the
+runtime made of the graph is counted there, from the very file that is served: asking for int8 is one thing, getting integer kernels another.
 
 What is optimised for the CPU holds operators that a GPU has not. So a graph for CUDA (build.provider) stays as exported, and is optimised when it is
 loaded. The runtime falls back to the CPU where CUDA cannot be had, with no error; here that is one.
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from model.packing import pack_numpy
 from pipeline.backends import quantised
-from pipeline.backends.graph import heard, integer_bias, keep, level, one_line, optimise
+from pipeline.backends.graph import heard, integer_bias, keep, level, one_line, optimise, said
 from pipeline.backends.knobs import SERVE, Knob, settle, threads
 from pipeline.backends.quantised import NONE
 from pipeline.backends.session import BatchedSession, policy
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     import onnxruntime
 
 GRAPH, MANIFEST = "graph.onnx", "engine.json"
-CALIBRATED = "model.onnx"
-"""In a quantised checkpoint whose layers are int8. One of tables alone is exported like any other."""
 
 CPU, CUDA = "cpu", "cuda"
 PROVIDERS: Mapping[str, list[str]] = {CPU: ["CPUExecutionProvider"], CUDA: ["CUDAExecutionProvider", "CPUExecutionProvider"]}
@@ -75,22 +73,24 @@ class OnnxRuntimeBackend:
         recipe = str(settled["quant.recipe"])
         if find_spec("onnx") is None:
             raise SettingsError("a graph is built with onnx, which is not installed (what is built runs without); pip install onnx")
-        draft = out / "draft.onnx"
+        traced, draft, optimised = (out / f"{name}.onnx" for name in ("traced", "draft", "optimised"))
         config = quantised.read(checkpoint, recipe)
-        integers = config is not None and (checkpoint / CALIBRATED).is_file()
+        integers = config is not None and any(rounding["number"] == "int8" for rounding in quantised.roundings(config, "fp32").values())
         if integers and settled["build.provider"] == CUDA:
             raise SettingsError(
                 f"quant.recipe={recipe} gives integer kernels on the CPU alone: CUDA's provider would compute its Q/DQ in float; set "
                 "build.provider=cpu, or use engine tensorrt"
             )
-        if config is not None and integers:
-            described = {"schema": config["schema"], "max_seq_len": config["model"]["max_seq_len"]}
-            integer_bias(checkpoint / CALIBRATED, draft)
+        described = _export(checkpoint, recipe, traced)
+        if integers:
+            integer_bias(traced, draft)
         else:
-            described = _export(checkpoint, recipe, draft)
+            traced.rename(draft)
         make = keep if settled["build.provider"] == CUDA else optimise
-        operators = make(draft, out / GRAPH, str(settled["build.graph_level"]))
-        draft.unlink()
+        operators = make(draft, optimised, str(settled["build.graph_level"]))
+        _join(optimised, checkpoint, out / GRAPH)
+        for made in (traced, draft, optimised):
+            made.unlink(missing_ok=True)
         integer = sum(operators.get(name, 0) for name in INTEGER_KERNELS)
         if integers and not integer:
             raise SettingsError(
@@ -104,7 +104,7 @@ class OnnxRuntimeBackend:
             "operators": operators,
             "integer_kernels": integer,
             "byte_tables": _byte_tables(out / GRAPH),
-            "files": {GRAPH: _sha256(out / GRAPH)},
+            "files": {file.name: _sha256(file) for file in sorted(out.glob(f"{GRAPH}*"))},
         }
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
@@ -164,7 +164,8 @@ def _byte_tables(graph: Path) -> int:
     """Embedding tables that the file keeps in one byte a value."""
     import onnx
 
-    return sum(".tables." in v.name and v.data_type == onnx.TensorProto.INT8 for v in onnx.load(str(graph)).graph.initializer)
+    model = onnx.load(str(graph), load_external_data=False)
+    return sum(".tables." in v.name and v.data_type == onnx.TensorProto.INT8 for v in model.graph.initializer)
 
 
 def _open(graph: Path, manifest: Mapping[str, Any], settled: Settings) -> onnxruntime.InferenceSession:
@@ -176,20 +177,20 @@ def _open(graph: Path, manifest: Mapping[str, Any], settled: Settings) -> onnxru
     if provider == CUDA:
         options.graph_optimization_level = level(str(manifest["settings"]["build.graph_level"]))
     listening: AbstractContextManager[list[str]] = heard() if provider == CUDA else nullcontext([])
-    with listening as said:
+    with listening as told:
         if provider == CUDA:
             onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them lie where no loader looks
         try:
             session = onnxruntime.InferenceSession(str(graph), options, providers=PROVIDERS[provider])
         except Exception as error:  # whatever it is, this file does not open here
             raise ArtifactError(
-                f"onnxruntime {_version()} cannot open {graph}, which {manifest.get('onnxruntime', 'another version')} made: "
-                f"{one_line(error)}; build it again"
+                f"ONNX Runtime {_version()} cannot load {graph}, which {manifest.get('onnxruntime', 'another version')} made: "
+                f"{said(error)}; build it again"
             ) from error
     if session.get_providers()[0] != PROVIDERS[provider][0]:
         raise SettingsError(
             f"build.provider={provider} needs {PROVIDERS[provider][0]}, and onnxruntime {_version()} took {session.get_providers()[0]}: "
-            f"{one_line(' / '.join(said[-2:])) or 'it gave no reason'}; pip uninstall onnxruntime, then "
+            f"{one_line(' / '.join(told[-2:])) or 'it gave no reason'}; pip uninstall onnxruntime, then "
             f"pip install onnxruntime-gpu[cuda,cudnn], or set build.provider={CPU}"
         )
     return session
@@ -217,13 +218,17 @@ def _options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.Ses
 
 
 def _export(checkpoint: Path, recipe: str, path: Path) -> dict[str, Any]:
-    """The float32 graph of a trained checkpoint, or of one whose tables alone are quantised."""
-    from model import checkpoint as checkpoints
-    from model.export import export_onnx
+    """The float32 graph of a checkpoint, with Q/DQ where it is quantised, without the rows of its tables."""
+    from model.export import export_checkpoint
 
-    model = checkpoints.load(checkpoint, recipe)
-    export_onnx(model.float(), path)
-    return {"schema": asdict(model.schema), "max_seq_len": model.config.max_seq_len}
+    schema, longest = export_checkpoint(checkpoint, path, recipe, rows=False)
+    return {"schema": asdict(schema), "max_seq_len": longest}
+
+
+def _join(graph: Path, checkpoint: Path, path: Path) -> None:
+    from model.export import join
+
+    join(graph, checkpoint, path)
 
 
 def _read_manifest(engine: Path) -> dict[str, Any]:
@@ -232,12 +237,13 @@ def _read_manifest(engine: Path) -> dict[str, Any]:
         raise ArtifactError(f"a built engine ends with {MANIFEST}, but {engine} has none: it is incomplete; build it again")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        expected = manifest["files"][GRAPH]
+        files = dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} does not describe an engine of this version ({error}); build it again") from error
-    found = _sha256(engine / GRAPH) if (engine / GRAPH).is_file() else "no such file"
-    if found != expected:
-        raise ArtifactError(f"{engine / GRAPH} is not what was built: expected sha256 {expected}, found {found}; build it again")
+    for name, expected in files.items():
+        found = _sha256(engine / name) if (engine / name).is_file() else "no such file"
+        if found != expected:
+            raise ArtifactError(f"{engine / name} is not what was built: expected sha256 {expected}, found {found}; build it again")
     return manifest
 
 

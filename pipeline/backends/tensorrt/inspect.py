@@ -15,7 +15,10 @@ from typing import Any
 PRODUCTS = ("gemm", "Fc")
 """Parts of the type or name of a layer that multiplies matrices."""
 
-SHORT = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8", "Int32": "int32", "Int64": "int64"}
+SHORT = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8", "Int4": "int4", "Int32": "int32", "Int64": "int64"}
+
+NARROW, FLOATS = ("fp8", "int8", "int4"), ("bf16", "fp16", "fp32")
+"""Precisions of a product, those of recipes and those that a network is made in."""
 
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[")
 _OPERATION = re.compile(r"[A-Z][a-z0-9]+")
@@ -45,9 +48,9 @@ class Layer:
 
     @property
     def precision(self) -> str:
-        """That of the first of its inputs that is one of a product's: int8 or fp8 before floats."""
+        """That of the first of its inputs that is one of a product's: fp8 or int8 before floats, int4 where weights alone are."""
         found = [SHORT.get(name, name.lower()) for name in (*self.inputs, *self.constants)]
-        return next((name for name in ("fp8", "int8", "bf16", "fp16", "fp32") if name in found), "other")
+        return next((name for name in NARROW + FLOATS if name in found), "other")
 
 
 @dataclass(frozen=True)

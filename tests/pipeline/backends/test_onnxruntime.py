@@ -1,5 +1,6 @@
 """The ONNX Runtime engine scores as the network does, says what it really runs, and needs neither torch nor onnx to load."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,10 @@ from calibration.recipes import get
 from model import checkpoint
 from model.batch import pack
 from model.config import SIZES
+from model.export import join
 from model.network import MTGR
 from pipeline.backends import graph, onnxruntime
+from pipeline.backends.graph import optimise
 from pipeline.backends.onnxruntime import BACKEND
 from pipeline.contracts import RankingRequest, Settings
 from pipeline.errors import ArtifactError, CheckpointError, InvalidRequest, SettingsError
@@ -174,26 +178,6 @@ def test_a_description_cut_short_is_one_line(folder: Path, tmp_path: Path, damag
         BACKEND.load(engine, SERVE)
 
 
-def test_a_graph_that_does_not_parse_is_refused_in_the_runtimes_words(folder: Path, tmp_path: Path) -> None:
-    """Of a quantised checkpoint in a build, and of an engine that another version made in a load: whole files, by their hashes."""
-    broken = shutil.copytree(folder / "int8_max", tmp_path / "int8_max")
-    (broken / "model.onnx").write_bytes(b"no graph")
-    rehash(broken / "manifest.json")
-    with pytest.raises(SettingsError, match=r"^onnxruntime \S+ cannot take \S+model\.onnx: .*INVALID_PROTOBUF.*; export or quantise .* again$"):
-        built(broken, tmp_path / "engine", quant_recipe="int8_max")
-    engine = built(folder / "checkpoint", tmp_path / "other")
-    (engine / "graph.onnx").write_bytes(b"of a later version")
-    rehash(engine / "engine.json")
-    with pytest.raises(ArtifactError, match=r"^onnxruntime \S+ cannot open \S+graph\.onnx, which \d\S+ made: .*INVALID_PROTOBUF.*; build it again$"):
-        BACKEND.load(engine, SERVE)
-
-
-def rehash(description: Path) -> None:
-    fields = json.loads(description.read_text())
-    fields["files"] = {name: onnxruntime._sha256(description.parent / name) for name in fields["files"]}
-    description.write_text(json.dumps(fields))
-
-
 def test_a_graph_for_cuda_is_the_exported_one(folder: Path, tmp_path: Path) -> None:
     """What is optimised for a CPU has operators that no GPU knows. On the CPU the graph gives the network's scores all the same."""
     engine = built(folder / "checkpoint", tmp_path / "engine", build_provider="cuda", build_graph_level="extended")
@@ -248,6 +232,48 @@ def test_building_says_so_where_onnx_is_missing_and_running_needs_none(folder: P
         built(folder / "checkpoint", tmp_path / "engine")
     monkeypatch.setattr(onnxruntime, "find_spec", lambda name: None)
     assert BACKEND.unavailable() == "onnxruntime is not installed; pip install onnxruntime"
+
+
+@pytest.mark.parametrize("recipe", ["none", "int8_max"])
+def test_tensors_beside_the_graph_are_served_and_vouched_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    source = folder / ("checkpoint" if recipe == "none" else recipe)
+    whole, _ = scores(built(source, tmp_path / "whole", quant_recipe=recipe), edge_cases())
+    monkeypatch.setattr("pipeline.backends.onnxruntime._join", partial(join, inline_bytes=0))
+    engine = built(source, tmp_path / "engine", quant_recipe=recipe)
+    assert {file.name for file in engine.iterdir()} == {"graph.onnx", "graph.onnx.data", "engine.json"}
+    assert set(json.loads((engine / "engine.json").read_text())["files"]) == {"graph.onnx", "graph.onnx.data"}
+    beside, effective = scores(engine, edge_cases())
+    assert np.array_equal(whole, beside)
+    assert effective["quant.recipe"] == recipe
+    data = bytearray((engine / "graph.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (engine / "graph.onnx.data").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"graph\.onnx\.data is not what was built"):
+        BACKEND.load(engine, SERVE)
+
+
+def test_a_graph_that_does_not_parse_is_one_message(folder: Path, tmp_path: Path) -> None:
+    """One with the hash it should have: written by another version, or by hand."""
+    engine = built(folder / "checkpoint", tmp_path / "engine")
+    for content in (b"no onnx at all", (engine / "graph.onnx").read_bytes()[:5000]):
+        (engine / "graph.onnx").write_bytes(content)
+        manifest = json.loads((engine / "engine.json").read_text())
+        manifest["files"]["graph.onnx"] = hashlib.sha256(content).hexdigest()
+        (engine / "engine.json").write_text(json.dumps(manifest))
+        with pytest.raises(ArtifactError, match=r"ONNX Runtime [\d.]+ cannot load .*graph\.onnx, which [\d.]+ made: \d+ : .*; build it again") as caught:
+            BACKEND.load(engine, SERVE)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(CheckpointError, match=r"ONNX Runtime [\d.]+ cannot read .*graph\.onnx: \d+ : .*; export the checkpoint again"):
+            optimise(engine / "graph.onnx", tmp_path / "out.onnx", "all")
+
+
+def test_weights_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = checkpoint.load(folder / "checkpoint")
+    with torch.no_grad():
+        model.embedding.features.tables["item"].weight[7, 1] = float("nan")
+    checkpoint.save(tmp_path / "checkpoint", model)
+    with pytest.raises(CheckpointError, match=r"embedding\.features\.tables\.item\.weight has 1 that are not"):
+        built(tmp_path / "checkpoint", tmp_path / "engine")
 
 
 def test_loading_imports_neither_torch_nor_onnx(folder: Path, tmp_path: Path) -> None:
