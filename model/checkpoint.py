@@ -156,7 +156,7 @@ def _require_finite(name: str, tensor: torch.Tensor, folder: Path) -> None:
     # A sum finds one without a mask as long as the tensor; bytes hold no such value, or are scaled by a tensor that is looked at.
     if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
         bad = int((~torch.isfinite(tensor)).sum())
-        raise CheckpointError(f"weights must be finite, but {name} of {folder} has {bad} that are not; train it again, from before it diverged")
+        raise CheckpointError(f"weights must be finite, but {name} has {bad} that are not in {folder}; train it again")
 
 
 def _sha256(path: Path) -> str:
