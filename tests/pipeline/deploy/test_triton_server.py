@@ -205,3 +205,18 @@ def test_a_python_backend_that_garbles_this_numpys_tensors_is_not_trusted(shippe
     with running(export(shipped, tmp_path / "repository", "triton"), tmp_path, Path(sys.prefix)) as (server, child):
         assert child.wait(30) != 0
         assert f"was not built for numpy {np.__version__} and garbles them; pip install 'numpy<2'" in server.read()
+
+
+def test_a_full_queue_turns_calls_away(shipped: Path, tmp_path: Path, golden: list[tuple[RankingRequest, np.ndarray]]) -> None:
+    repository = export(shipped, tmp_path / "repository", "triton")
+    config = repository / "demo" / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_queue_size: 64", "max_queue_size: 1"))
+    with running(repository, tmp_path) as (server, child):
+        assert child.poll() is None, server.read()
+        with ThreadPoolExecutor(32) as pool:
+            answers = list(pool.map(lambda _: server.ask(call(golden[3][0])), range(96)))
+        refused = [words for status, words in answers if status == 503]
+        assert refused
+        assert all("Exceeds maximum queue size" in words for words in refused)
+        assert len(refused) + sum(status == 200 for status, _ in answers) == 96
+        np.testing.assert_allclose(server.scores(golden[3][0]), golden[3][1], rtol=0, atol=1e-6)
