@@ -260,7 +260,7 @@ def test_a_graph_that_does_not_parse_is_one_message(folder: Path, tmp_path: Path
         manifest = json.loads((engine / "engine.json").read_text())
         manifest["files"]["graph.onnx"] = hashlib.sha256(content).hexdigest()
         (engine / "engine.json").write_text(json.dumps(manifest))
-        with pytest.raises(ArtifactError, match=r"ONNX Runtime [\d.]+ cannot load .*graph\.onnx, which [\d.]+ made: \d+ : .*; build it again") as caught:
+        with pytest.raises(ArtifactError, match=r"ONNX Runtime \S+ cannot load .*graph\.onnx, which \S+ made: \d+ : .*; build it again$") as caught:
             BACKEND.load(engine, SERVE)
         assert "\n" not in str(caught.value)
         with pytest.raises(CheckpointError, match=r"ONNX Runtime [\d.]+ cannot read .*graph\.onnx: \d+ : .*; export the checkpoint again"):
