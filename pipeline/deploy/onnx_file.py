@@ -98,9 +98,9 @@ def _described(value: Any) -> dict[str, Any]:
 
 
 def _readme(manifest: Manifest, domains: list[str]) -> str:
-    made = manifest.environment.get("package.onnxruntime", "an unknown version")
+    made = manifest.environment.get("package.onnxruntime", "")
     own = (
-        f"It was optimised by ONNX Runtime {made} on this kind of CPU: {manifest.environment.get('cpu', 'unknown')}. It holds operators of "
+        f"It was optimised by ONNX Runtime {made or 'of an unknown version'} on this kind of CPU: {manifest.environment.get('cpu', 'unknown')}. It holds operators of "
         f"{', '.join(domains)}, which other programs do not know and other versions may refuse."
         if domains
         else "It holds standard operators alone."
@@ -109,7 +109,7 @@ def _readme(manifest: Manifest, domains: list[str]) -> str:
 
 {own} What each input holds is in `layout.json`; `model.packing.pack_numpy` of the project makes them of requests, as form=python does.
 
-    pip install numpy onnxruntime=={made}
+    pip install numpy onnxruntime{made and "==" + made}
     python example.py     # scores golden.npz and compares the scores with those that the artifact shipped with
 
 Only the columns under `heads` are of trained heads.
