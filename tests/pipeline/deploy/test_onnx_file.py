@@ -55,6 +55,8 @@ def test_every_input_is_described_and_packed(shipped: Path, tmp_path: Path) -> N
         assert np.array_equal(golden[value["name"]], packed[value["name"]])
     assert layout["heads"] == {"recommendation": 0, "engagement": 1, "retention": 2}
     assert layout["limits"]["max_seq_len"] == 256
+    words = "It was optimised by ONNX Runtime of an unknown version for this kind of CPU: Example CPU <x&y>. It holds operators of com.microsoft"
+    assert words in (out / "README.md").read_text()
 
 
 def test_tensors_in_files_beside_the_graph_travel_with_it(shipped: Path, tmp_path: Path) -> None:
