@@ -98,18 +98,16 @@ def _described(value: Any) -> dict[str, Any]:
 
 
 def _readme(manifest: Manifest, domains: list[str]) -> str:
-    made = manifest.environment.get("package.onnxruntime", "an unknown version")
-    own = (
-        f"It was optimised by ONNX Runtime {made} on this kind of CPU: {manifest.environment.get('cpu', 'unknown')}. It holds operators of "
-        f"{', '.join(domains)}, which other programs do not know and other versions may refuse."
-        if domains
-        else "It holds standard operators alone."
-    )
+    made = manifest.environment.get("package.onnxruntime", "")
+    cpu = manifest.environment.get("cpu", "unknown")
+    optimised = manifest.backend == "onnxruntime" and domains
+    own = [f"It was optimised by ONNX Runtime {made or 'of an unknown version'} for this kind of CPU: {cpu}."] if optimised else []
+    own.append(f"It holds operators of {', '.join(domains)}, which not every program knows." if domains else "It holds standard operators alone.")
     return f"""# {manifest.study}: a ranking model as one ONNX file
 
-{own} What each input holds is in `layout.json`; `model.packing.pack_numpy` of the project makes them of requests, as form=python does.
+{" ".join(own)} What each input holds is in `layout.json`; `model.packing.pack_numpy` of the project makes them of requests, as form=python does.
 
-    pip install numpy onnxruntime=={made}
+    pip install numpy onnxruntime{made and "==" + made}
     python example.py     # scores golden.npz and compares the scores with those that the artifact shipped with
 
 Only the columns under `heads` are of trained heads.
