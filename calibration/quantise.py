@@ -32,7 +32,7 @@ from model.network import MTGR
 from model.onnx.files import data_file
 from model.rounded import Rounding, apply
 from pipeline.contracts import RankingRequest
-from pipeline.errors import CheckpointError, UserError
+from pipeline.errors import UserError
 from pipeline.requests import load_requests, validate
 
 GRAPH, STATE = "model.onnx", "modelopt.pt"
@@ -57,7 +57,6 @@ def quantise(checkpoint: Path, recipe: str, requests: Path, out: Path, progress:
     chosen = get(recipe)
     progress(0.0, "reading the checkpoint and the calibration requests")
     model = checkpoints.load(checkpoint)
-    _require_finite(model, checkpoint)
     calibration = load_requests(requests)
     samples.check(calibration)
     for request in calibration:
@@ -247,13 +246,6 @@ def restore(checkpoint: Path, state: Path, recipe: Recipe) -> MTGR:
 
 def _sound(amax: torch.Tensor | None) -> bool:
     return amax is not None and bool(torch.isfinite(amax).all()) and bool((amax > 0).any())
-
-
-def _require_finite(model: MTGR, folder: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            bad = int((~torch.isfinite(parameter)).sum())
-            raise CheckpointError(f"weights must be finite to be quantised, but {name} of {folder} has {bad} that are not; train it again")
 
 
 def _require_same(model: MTGR, restored: MTGR) -> None:

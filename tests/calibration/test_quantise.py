@@ -176,7 +176,7 @@ def test_nan_weights_are_refused(base: Path, tmp_path: Path, recipe: str) -> Non
     with torch.no_grad():
         model.blocks[1].merge.weight[3, 4] = float("nan")
     checkpoint.save(tmp_path / "checkpoint", model)
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.merge\.weight .* has 1 that are not"):
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.merge\.weight has 1 that are not"):
         quantise(tmp_path / "checkpoint", recipe, base / "calibration.npz", tmp_path / "out", silent)
     assert not (tmp_path / "out").exists()
 
