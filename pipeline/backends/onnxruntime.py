@@ -33,8 +33,10 @@ GRAPH, MANIFEST = "graph.onnx", "engine.json"
 CALIBRATED = "model.onnx"
 """In a quantised checkpoint whose layers are int8. One of tables alone is exported like any other."""
 
+INT8 = ("int8_max", "int8_smoothquant", "int8_sparse", "int8_mixed")
+
 BUILD: Mapping[str, Knob] = {
-    "quant.recipe": Knob(default=NONE, options=quantised.with_tables(("int8_max", "int8_smoothquant", "int8_sparse"), ("tables_int8",))),
+    "quant.recipe": Knob(default=NONE, options=quantised.with_tables(INT8, ("tables_int8",))),
     "build.graph_level": Knob(default="all", options=("basic", "extended", "all")),
 }
 LOAD: Mapping[str, Knob] = {
@@ -100,7 +102,7 @@ class OnnxRuntimeBackend:
         manifest = _read_manifest(engine)
         session = onnxruntime.InferenceSession(
             str(engine / GRAPH),
-            _options(int(settled["engine.threads"]), bool(settled["engine.arena"]), bool(settled["engine.spinning"])),
+            session_options(int(settled["engine.threads"]), bool(settled["engine.arena"]), bool(settled["engine.spinning"])),
             providers=["CPUExecutionProvider"],
         )
         taken = frozenset(value.name for value in session.get_inputs())
@@ -156,7 +158,7 @@ def _byte_tables(graph: Path) -> int:
     return sum(".tables." in v.name and v.data_type == onnx.TensorProto.INT8 for v in onnx.load(str(graph)).graph.initializer)
 
 
-def _options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.SessionOptions:
+def session_options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.SessionOptions:
     """For serving: the graph is optimised already, and one batch runs at a time."""
     import onnxruntime
 
