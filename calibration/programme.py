@@ -46,6 +46,7 @@ def choose(options: Options, budget: float) -> dict[str, str]:
         bounds=Bounds(0.0, 1.0),
         options={"mip_rel_gap": 0.0},
     )
+    assert found.x is not None, found.message
     return {layer: number for (layer, number), taken in zip(choices, found.x, strict=True) if taken > 0.5}
 
 

@@ -31,6 +31,8 @@ from pipeline.contracts import HEADS, RankingRequest
 
 Twins = Mapping[str, RoundedLinear]
 """Layers by module name, each with its weight on its grid and the rounding of its input."""
+Batch = tuple[Tensor, ...]
+"""Inputs of the network."""
 Damages = dict[str, float]
 """Nats a candidate, by module name."""
 
@@ -75,10 +77,11 @@ def twins(model: MTGR, recipe: Recipe, requests: Sequence[RankingRequest]) -> di
 @torch.no_grad()
 def alone(model: MTGR, rounded: Twins, requests: Sequence[RankingRequest], progress: Callable[[float], None] = lambda share: None) -> Damages:
     """The damage of each layer, rounded by itself."""
-    plain = [_logits(model, batch) for batch in _batches(requests)]
+    batches = _batches(requests)
+    plain = [_logits(model, batch) for batch in batches]
     found: Damages = {}
     for name, twin in rounded.items():
-        found[name] = _damage(model, {name: twin}, requests, plain)
+        found[name] = _damage(model, {name: twin}, batches, plain)
         progress(len(found) / len(rounded))
     return found
 
@@ -86,7 +89,8 @@ def alone(model: MTGR, rounded: Twins, requests: Sequence[RankingRequest], progr
 @torch.no_grad()
 def together(model: MTGR, rounded: Twins, requests: Sequence[RankingRequest]) -> float:
     """The damage of all these layers, rounded at once."""
-    return _damage(model, rounded, requests, [_logits(model, batch) for batch in _batches(requests)])
+    batches = _batches(requests)
+    return _damage(model, rounded, batches, [_logits(model, batch) for batch in batches])
 
 
 @torch.no_grad()
@@ -147,18 +151,16 @@ def _in_place(model: MTGR, rounded: Twins) -> Iterator[None]:
         put(own)
 
 
-def _damage(model: MTGR, rounded: Twins, requests: Sequence[RankingRequest], plain: Sequence[Tensor]) -> float:
+def _damage(model: MTGR, rounded: Twins, batches: Sequence[Batch], plain: Sequence[Tensor]) -> float:
     with _in_place(model, rounded):
-        nats = [float(divergence(own, _logits(model, batch)).sum()) for own, batch in zip(plain, _batches(requests), strict=True)]
+        nats = [float(divergence(own, _logits(model, batch)).sum()) for own, batch in zip(plain, batches, strict=True)]
     return sum(nats) / sum(map(len, plain))
 
 
-def _logits(model: MTGR, batch: tuple[Tensor, ...]) -> Tensor:
+def _logits(model: MTGR, batch: Batch) -> Tensor:
     """[C, trained heads]."""
     return model.logits(*batch)[:, [HEADS.index(head) for head in model.schema.heads]]
 
 
-def _batches(requests: Sequence[RankingRequest]) -> Iterator[tuple[Tensor, ...]]:
-    """Inputs of the network, a batch at a time."""
-    for start in range(0, len(requests), BATCH):
-        yield pack(requests[start : start + BATCH]).tensors()
+def _batches(requests: Sequence[RankingRequest]) -> list[Batch]:
+    return [pack(requests[start : start + BATCH]).tensors() for start in range(0, len(requests), BATCH)]

@@ -92,7 +92,7 @@ def measure(
         for key, runs in timed.items():
             found[key].append(sum(_seconds(session, feed) for session, feed in runs) / len(runs))
         rounds += 1
-        progress(min(1.0, (time.perf_counter() - began) / seconds), f"timing {len(layers)} layers, round {rounds}")
+        progress(min(1.0, (time.perf_counter() - began) / max(seconds, 1e-9)), f"timing {len(layers)} layers, round {rounds}")
     table: Table = {name: {} for name in layers}
     borders: Table = {name: {} for name in layers}
     for (name, number, load), times in found.items():

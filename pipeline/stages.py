@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,16 +135,11 @@ def mix(config: TuneConfig, recipe: str, checkpoint: Checkpoint, inputs: Path, o
     return read_json(cache.folder("mix", key, lambda out: _job(launcher, "mix", out, spec)) / "mix.json")
 
 
-def quantise(config: TuneConfig, recipe: str, checkpoint: Checkpoint, inputs: Path, on_line: Line | None = None, layers: Sequence[str] = ()) -> Path:
-    """The checkpoint quantised by a recipe on the calibration sample of `inputs`.
-
-    The layers of a mixed recipe are those given, or those of its `mix`; either way they are part of the key.
-    """
+def quantise(config: TuneConfig, recipe: str, checkpoint: Checkpoint, inputs: Path, on_line: Line | None = None) -> Path:
+    """The checkpoint quantised by a recipe on the calibration sample of `inputs`. A mixed recipe's layers are chosen first, and part of the key."""
     cache, launcher = _tools(config, on_line)
     calibration, base = _calibration(inputs, recipe), recipe.partition("+")[0]
-    mixed: dict[str, Any] | None = {"layers": list(layers)} if layers else None
-    if base == MIXED and not layers:
-        mixed = mix(config, base, checkpoint, inputs, on_line)
+    mixed = mix(config, base, checkpoint, inputs, on_line) if base == MIXED else None
     spec = {"checkpoint": str(checkpoint.folder), "recipe": recipe, "inputs": str(inputs), "mix": mixed}
     code = _code("model", "calibration")
     key = cache.key(

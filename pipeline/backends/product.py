@@ -28,7 +28,8 @@ RANGE = 4.0
 
 def open_product(inputs: int, outputs: int, number: str, threads: int) -> onnxruntime.InferenceSession:
     """The layer as a session that takes `x`, [n, inputs] float32, and gives [n, outputs] float32."""
-    return _open(_linear(inputs, outputs, number), number, threads)
+    with TemporaryDirectory() as folder:
+        return _open(_optimised(inputs, outputs, number, Path(folder))[0], threads)
 
 
 def open_rounding(width: int, threads: int) -> onnxruntime.InferenceSession:
@@ -36,31 +37,48 @@ def open_rounding(width: int, threads: int) -> onnxruntime.InferenceSession:
     import onnx
 
     node = onnx.helper.make_node("QuantizeLinear", [INPUT, "scale", "zero"], ["y"])
-    return _open(_graph([node], _scales(RANGE / 127), width, width, onnx.TensorProto.INT8), "float", threads)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.onnx"
+        onnx.save(_graph([node], _scales(RANGE / 127), width, width, onnx.TensorProto.INT8), str(path))
+        return _open(path, threads)
 
 
-def _open(graph: onnx.ModelProto, number: str, threads: int) -> onnxruntime.InferenceSession:
+def operators(inputs: int, outputs: int, number: str) -> dict[str, int]:
+    """What the runtime made of the layer, counted."""
+    with TemporaryDirectory() as folder:
+        return _optimised(inputs, outputs, number, Path(folder))[1]
+
+
+def constants(inputs: int, outputs: int) -> tuple[Any, Any]:
+    """Weight [outputs, inputs] and bias of the layer, made up."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((outputs, inputs), np.float32), rng.standard_normal(outputs, np.float32)
+
+
+def _optimised(inputs: int, outputs: int, number: str, folder: Path) -> tuple[Path, dict[str, int]]:
     import onnx
+
+    draft, biased, path = (folder / f"{name}.onnx" for name in ("draft", "biased", "graph"))
+    onnx.save(_linear(inputs, outputs, number), str(draft))
+    if number == "int8":
+        integer_bias(draft, biased)
+        draft = biased
+    return path, optimise(draft, path, "all")
+
+
+def _open(path: Path, threads: int) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads, options.enable_mem_pattern = threads, 1, False
-    with TemporaryDirectory() as folder:
-        path = Path(folder)
-        onnx.save(graph, str(path / "draft.onnx"))
-        if number == "int8":
-            integer_bias(path / "draft.onnx", path / "biased.onnx")
-            (path / "biased.onnx").replace(path / "draft.onnx")
-        optimise(path / "draft.onnx", path / "graph.onnx", "all")
-        return onnxruntime.InferenceSession(str(path / "graph.onnx"), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _linear(inputs: int, outputs: int, number: str) -> onnx.ModelProto:
     import onnx
 
-    rng = np.random.default_rng(0)
-    weight, bias = rng.standard_normal((outputs, inputs), np.float32), rng.standard_normal(outputs, np.float32)
+    weight, bias = constants(inputs, outputs)
     make = onnx.helper.make_node
     if number == "float":
         return _graph([make("Gemm", [INPUT, "weight", "bias"], ["y"], transB=1)], {"weight": weight, "bias": bias}, inputs, outputs)
@@ -72,15 +90,15 @@ def _linear(inputs: int, outputs: int, number: str) -> onnx.ModelProto:
         make("DequantizeLinear", ["weight_int8", "steps", "zeros"], ["weight_rounded"], axis=0),
         make("Gemm", ["x_rounded", "weight_rounded", "bias"], ["y"], transB=1),
     ]
-    constants = {**_scales(RANGE / 127), "weight": weight, "bias": bias, "steps": steps, "zeros": np.zeros(outputs, np.int8)}
-    return _graph(nodes, constants, inputs, outputs)
+    values = {**_scales(RANGE / 127), "weight": weight, "bias": bias, "steps": steps, "zeros": np.zeros(outputs, np.int8)}
+    return _graph(nodes, values, inputs, outputs)
 
 
 def _scales(step: float) -> dict[str, Any]:
     return {"scale": np.array(step, np.float32), "zero": np.array(0, np.int8)}
 
 
-def _graph(nodes: list[Any], constants: dict[str, Any], inputs: int, outputs: int, kind: int = 1) -> onnx.ModelProto:
+def _graph(nodes: list[Any], values: dict[str, Any], inputs: int, outputs: int, kind: int = 1) -> onnx.ModelProto:
     import onnx
 
     describe = onnx.helper.make_tensor_value_info
@@ -89,6 +107,6 @@ def _graph(nodes: list[Any], constants: dict[str, Any], inputs: int, outputs: in
         "product",
         [describe(INPUT, onnx.TensorProto.FLOAT, ["n", inputs])],
         [describe("y", kind, ["n", outputs])],
-        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
+        [onnx.numpy_helper.from_array(array, name) for name, array in values.items()],
     )
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=10)

@@ -1,9 +1,8 @@
 """Mixed precision against uniform, at equal accuracy: `python -m pipeline bench mixed [group.key=value] ...`
 
 Takes a study's overrides, and its own: `budgets=[...]` shares of the damage of all layers, `bits=[...]` for the quantiser's auto_quantize,
-`oracle=200` requests of the test users for the true damage of each layer alone, `seconds=120` for timing. Data, training, requests and quantised
-checkpoints are the study's own stages, found again where one ran (`checkpoint=` and `inputs=` name others). Prints, and keeps in `reports/mixed` by
-`study.name`:
+`oracle=100` requests of the test users for the true damage of each layer alone, `seconds=60` for timing the engines. Data, training and requests are
+the study's own stages, found again where one ran (`checkpoint=` and `inputs=` name others). Prints, and keeps in `reports/mixed` by `study.name`:
 
 - layers: damage of each alone (estimated on calibration requests, true on test users), microseconds in each number, and what the estimate is worth;
 - engines: float32, both uniform int8 recipes, auto_quantize's mixes and ours, in ONNX Runtime on one thread. All of them are open in one process and
@@ -14,10 +13,10 @@ checkpoints are the study's own stages, found again where one ran (`checkpoint=`
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,9 @@ from pipeline.config import TuneConfig, compose
 from pipeline.errors import UserError
 from pipeline.launcher import measuring
 from pipeline.percentiles import percentile
+from pipeline.records import read_json
 
-OPTIONS: dict[str, Any] = {"budgets": [0.02, 0.05, 0.1, 0.25, 0.5], "bits": [10.0, 12.0, 14.0], "oracle": 200, "seconds": 120}
+OPTIONS: dict[str, Any] = {"budgets": [0.02, 0.05, 0.1, 0.25, 0.5], "bits": [10.0, 12.0, 14.0], "oracle": 100, "seconds": 60}
 RECIPE = "int8_mixed"
 UNIFORM = "int8_max"
 UNIFORMS = (UNIFORM, "int8_smoothquant")
@@ -150,8 +150,9 @@ def measure_engines(
 ) -> list[Engine]:
     """Build, time and score every engine."""
     from calibration import mixture, recipes
+    from calibration.quantise import quantise
     from pipeline.requests import load_requests
-    from pipeline.workload import WORKLOAD
+    from pipeline.workload import CALIBRATION, WORKLOAD
 
     costs = layer_latency.costs(layers["latency_us"], layer_latency.LONE)
     damages = layers["damages"]["int8"]["gradient"]
@@ -172,9 +173,14 @@ def measure_engines(
             same["name"] += f" = {name}"
             continue
         view.doing(f"{name}: quantising and building")
-        folder = checkpoint.folder if made == stages.PLAIN else stages.quantise(config, made, checkpoint, inputs, view.line, chosen)
-        rounded = layers["blocks"] if made in UNIFORMS else list(chosen)
-        engines.append({"name": name, "recipe": made, "layers": rounded, **_build(folder, made, Path(config.paths.cache).resolve())})
+        with TemporaryDirectory(dir=config.paths.cache) as out:
+            folder = checkpoint.folder if made == stages.PLAIN else Path(out) / "checkpoint"
+            if made != stages.PLAIN:
+                # Here and not by a stage: the quantiser takes longer to import than to run.
+                mix = {"layers": list(chosen)} if chosen else None
+                quantise(checkpoint.folder, made, inputs / CALIBRATION, folder, lambda share, text: None, mix)
+            rounded = layers["blocks"] if made in UNIFORMS else list(chosen)
+            engines.append({"name": name, "recipe": made, "layers": rounded, **_build(folder, made, Path(out) / "engine")})
     with measuring(Path(config.paths.cache).resolve(), view.line):
         _time(engines, load_requests(inputs / WORKLOAD), float(options["seconds"]), view.doing)
     for engine in engines:
@@ -185,20 +191,17 @@ def measure_engines(
     return engines
 
 
-def _build(folder: Path, recipe: str, cache: Path) -> Engine:
+def _build(checkpoint: Path, recipe: str, out: Path) -> Engine:
     """The engine's bytes and integer products, and a session of it."""
-    from tempfile import TemporaryDirectory
-
     import onnxruntime
 
     from pipeline.backends import onnxruntime as engine
 
-    with TemporaryDirectory(dir=cache) as out:
-        engine.BACKEND.build(folder, {stages.RECIPE: recipe}, Path(out))
-        described = json.loads((Path(out) / engine.MANIFEST).read_text())
-        graph = Path(out) / engine.GRAPH
-        session = onnxruntime.InferenceSession(str(graph), engine.session_options(1, True, True), providers=["CPUExecutionProvider"])
-        return {"bytes": graph.stat().st_size, "integer_kernels": described["integer_kernels"], "session": session}
+    out.mkdir()
+    engine.BACKEND.build(checkpoint, {stages.RECIPE: recipe}, out)
+    described, graph = read_json(out / engine.MANIFEST), out / engine.GRAPH
+    session = onnxruntime.InferenceSession(str(graph), engine.session_options(1, True, True), providers=["CPUExecutionProvider"])
+    return {"bytes": graph.stat().st_size, "integer_kernels": described["integer_kernels"], "session": session}
 
 
 def _run(session: Any, requests: Sequence[Any]) -> Callable[[], Any]:

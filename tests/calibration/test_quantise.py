@@ -21,7 +21,7 @@ from model.network import MTGR
 from model.rounded import apply
 from pipeline.errors import CheckpointError, InvalidRequest, UserError
 from pipeline.requests import load_requests, save_requests
-from tests.calibration.conftest import CONFIG, Quantised
+from tests.calibration.conftest import CONFIG, MIX, Quantised
 from tests.factories import SCHEMA, random_request
 
 
@@ -76,7 +76,8 @@ def test_what_engines_read_scores_as_the_calibrated_model(calibrated: Quantised,
 def test_restored_bit_for_bit(calibrated: Quantised, base: Path) -> None:
     recipe, folder, _ = calibrated
     requests = load_requests(base / "calibration.npz")
-    again = calibrate(checkpoint.load(base / "checkpoint"), get(recipe), requests, lambda share: None)
+    chosen = replace(get(recipe), layers=MIX) if get(recipe).mixed else get(recipe)
+    again = calibrate(checkpoint.load(base / "checkpoint"), chosen, requests, lambda share: None)
     back = restored(base, folder)
     assert list(again.state_dict()) == list(back.state_dict())
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in again.state_dict().items())
@@ -157,7 +158,7 @@ def test_a_wrong_weight_in_the_graph_is_caught(exported: Quantised, base: Path, 
     weight = next(value for value in graph.graph.initializer if value.name == "heads.trunk.2.weight")
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
     onnx.save(graph, str(tmp_path / "model.onnx"))
-    with pytest.raises(AssertionError, match="must score within"):
+    with pytest.raises(AssertionError, match=r"must score within|round alike but at ties"):  # the latter where a rounding comes after it
         parity.compare(restored(base, folder), tmp_path / "model.onnx", load_requests(base / "calibration.npz"))
 
 
