@@ -22,9 +22,9 @@ def space(cores: int) -> Space:
         nodes=(
             Choice(
                 name="quant.recipe",
-                options=("none", "int8_max", "int8_smoothquant", "tables_int8", "int8_smoothquant+tables_int8"),
-                why="int8 pays only with VNNI or AMX and large products, tables where they are large; entropy calibration is left out because it was "
-                "far off on this model, int8_sparse because no kernel here skips zeros",
+                options=("none", "int8_max", "int8_smoothquant", "int8_mixed", "tables_int8", "int8_smoothquant+tables_int8"),
+                why="int8 pays only with VNNI or AMX and large products, which int8_mixed measures layer by layer, tables where they are large; "
+                "entropy calibration is left out because it was far off on this model, int8_sparse because no kernel here skips zeros",
             ),
             Choice(name="build.graph_level", options=("basic", "extended", "all"), why="'all' adds layout changes, which can lose on small graphs"),
             *threads(cores),

@@ -1,8 +1,9 @@
 """Mixed precision against uniform, at equal accuracy: `python -m pipeline bench mixed [group.key=value] ...`
 
 Takes a study's overrides, and its own: `budgets=[...]` shares of the damage of all layers, `bits=[...]` for the quantiser's auto_quantize,
-`oracle=100` requests of the test users for the true damage of each layer alone, `seconds=60` for timing the engines. Data, training and requests are
-the study's own stages, found again where one ran (`checkpoint=` and `inputs=` name others). Prints, and keeps in `reports/mixed` by `study.name`:
+`calibration=64` requests to estimate damages on, `oracle=100` of the test users for the true damage of each layer alone, `seconds=60` for timing the
+engines. Data, training and requests are the study's own stages, found again where one ran (`checkpoint=` and `inputs=` name others). Prints, and
+keeps in `reports/mixed` by `study.name`:
 
 - layers: damage of each alone (estimated on calibration requests, true on test users), microseconds in each number, and what the estimate is worth;
 - engines: float32, both uniform int8 recipes, auto_quantize's mixes and ours, in ONNX Runtime on one thread. All of them are open in one process and
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,17 +28,16 @@ from pipeline import layer_latency, quality, stages
 from pipeline.bench import mixed_report
 from pipeline.bench.recipes import PLACES, judge
 from pipeline.config import TuneConfig, compose
-from pipeline.errors import UserError
+from pipeline.contracts import HEADS
+from pipeline.errors import SettingsError, UserError
 from pipeline.launcher import measuring
 from pipeline.percentiles import percentile
 from pipeline.records import read_json
 
-OPTIONS: dict[str, Any] = {"budgets": [0.02, 0.05, 0.1, 0.25, 0.5], "bits": [10.0, 12.0, 14.0], "oracle": 100, "seconds": 60}
+OPTIONS: dict[str, Any] = {"budgets": [0.01, 0.05, 0.25], "bits": [10.0, 12.0, 14.0], "calibration": 64, "oracle": 100, "seconds": 60}
 RECIPE = "int8_mixed"
 UNIFORM = "int8_max"
 UNIFORMS = (UNIFORM, "int8_smoothquant")
-LOOKED_AT = 64
-LAYERS_S = 20.0
 FIGURES = ("auc_loss_upper", "gauc_loss_upper")
 
 Say = Callable[[str], None]
@@ -88,7 +89,7 @@ def measure_layers(config: TuneConfig, checkpoint: stages.Checkpoint, inputs: Pa
     from pipeline.workload import CALIBRATION, QUALITY, WORKLOAD
 
     model = checkpoints.load(checkpoint.folder)
-    calibration = load_requests(inputs / CALIBRATION)[:LOOKED_AT]
+    calibration = load_requests(inputs / CALIBRATION)[: options["calibration"]]
     samples = load_labelled(inputs / QUALITY)
     held_out = [samples[i].request for i in np.random.default_rng(0).permutation(len(samples))[: options["oracle"]]]
     names = sensitivity.layers(model, recipes.get(RECIPE).layers, calibration)
@@ -102,7 +103,7 @@ def measure_layers(config: TuneConfig, checkpoint: stages.Checkpoint, inputs: Pa
     scores, chosen = auto_quantize.choose(model, recipes.get(UNIFORM), names, calibration, options["bits"])
     damages["int8"]["auto_quantize"] = scores
     with measuring(Path(config.paths.cache).resolve()):
-        times, borders = layer_latency.measure(model, names, load_requests(inputs / WORKLOAD), LAYERS_S, lambda share, text: say(text))
+        times, borders = layer_latency.measure(model, names, load_requests(inputs / WORKLOAD), options["seconds"] / 3, lambda share, text: say(text))
     return {
         "names": list(names),
         "blocks": list(blocks),
@@ -157,13 +158,21 @@ def measure_engines(
     costs = layer_latency.costs(layers["latency_us"], layer_latency.LONE)
     damages = layers["damages"]["int8"]["gradient"]
     recipe = recipes.get(RECIPE)
+
+    def share(names: Sequence[str]) -> float:
+        return float(sum(damages[name] for name in names) / sum(damages.values()))
+
+    def ours(budget: float, names: Sequence[str]) -> tuple[str, ...]:
+        with suppress(SettingsError):  # nothing faster is within the budget: no engine
+            return tuple(mixture.mix(recipe, {name: damages[name] for name in names}, costs, budget)["layers"])
+        return ()
+
     wanted: list[tuple[str, str, tuple[str, ...]]] = [("float32", stages.PLAIN, ()), *((name, name, ()) for name in UNIFORMS)]
-    for bits, chosen in layers["auto_quantize"].items():
-        wanted.append((f"auto_quantize, {bits} bits", RECIPE, tuple(chosen)))
-    for where, names in (("", layers["names"]), (" of the blocks", layers["blocks"])):
-        for budget in options["budgets"]:
-            found = mixture.mix(recipe, {name: damages[name] for name in names}, costs, budget)
-            wanted.append((f"ours{where}, {budget:.0%}", RECIPE, tuple(found["layers"])))
+    wanted += [(f"auto_quantize, {bits} bits", RECIPE, tuple(chosen)) for bits, chosen in layers["auto_quantize"].items()]
+    rivals = {UNIFORM: layers["blocks"], **{name: chosen for name, _, chosen in wanted if chosen}}
+    wanted += [(f"ours, {budget:.0%}", RECIPE, ours(budget, layers["names"])) for budget in options["budgets"]]
+    wanted += [(f"ours at the damage of {name}", RECIPE, ours(share(chosen), layers["names"])) for name, chosen in rivals.items()]
+    wanted.append((f"ours of the blocks, {recipe.budget:.0%}", RECIPE, ours(recipe.budget / share(layers["blocks"]), layers["blocks"])))
     engines: list[Engine] = []
     for name, made, chosen in wanted:
         if made == RECIPE and not chosen:
@@ -185,7 +194,8 @@ def measure_engines(
         _time(engines, load_requests(inputs / WORKLOAD), float(options["seconds"]), view.doing)
     for engine in engines:
         view.doing(f"{engine['name']}: scoring the test users")
-        engine["accuracy"] = _judge(engine, inputs, checkpoint.heads, config.goal.accuracy_margin)
+        engine |= _judge(engine, inputs, checkpoint.heads, config.goal.accuracy_margin)
+        engine["predicted_share"] = share(engine["layers"])
         engine["predicted_us"] = {load: _predicted(layers["latency_us"], engine["layers"], load) for load in layer_latency.LOADS}
         del engine["session"]
     return engines
@@ -227,10 +237,11 @@ def _time(engines: Sequence[Engine], requests: Sequence[Any], seconds: float, sa
             times[keys[place]].append((time.perf_counter() - started) / len(calls[keys[place]]))
         rounds += 1
         say(f"timing {len(engines)} engines in turn, round {rounds}")
-    for (i, load), taken in times.items():
-        own, plain = np.array(taken[1:]), np.array(times[0, load][1:])  # the first round warms up
+    for i, load in times:
+        own, plain, uniform = (np.array(times[j, load][1:]) for j in (i, 0, 1))  # the first round warms up
         engines[i][f"{load}_ms"] = percentile(1e3 * own, 0.5)
         engines[i][f"{load}_ratio"] = percentile(own / plain, 0.5)
+        engines[i][f"{load}_over_uniform"] = percentile(own / uniform, 0.5)
         engines[i][f"{load}_saved_us"] = percentile(1e6 * (plain - own), 0.5)
         if load == layer_latency.BATCH:
             engines[i]["throughput_rps"] = len(loads[load][0]) / float(np.median(own))
@@ -239,7 +250,7 @@ def _time(engines: Sequence[Engine], requests: Sequence[Any], seconds: float, sa
 
 
 def _judge(engine: Engine, inputs: Path, heads: Sequence[str], margin: float) -> dict[str, Any]:
-    """What the gate says of the engine's own scores."""
+    """What the gate says of the engine's own scores, and their damage."""
     from pipeline.requests import load_labelled
     from pipeline.workload import QUALITY
 
@@ -250,7 +261,16 @@ def _judge(engine: Engine, inputs: Path, heads: Sequence[str], margin: float) ->
         scores += np.split(_run(engine["session"], part)(), np.cumsum([len(r.candidates) for r in part])[:-1])
     expected = quality.split(quality.reference(inputs, "quality"), samples)
     row = judge(samples, scores, expected, heads, margin, RECIPE)
-    return {**row, "heads": {head: {kind: found[kind] for kind in (*FIGURES, "verdict")} for head, found in row["heads"].items()}}
+    row["heads"] = {head: {kind: found[kind] for kind in (*FIGURES, "verdict")} for head, found in row["heads"].items()}
+    columns = [HEADS.index(head) for head in heads]
+    return {"accuracy": row, "damage": _divergence(np.concatenate(expected)[:, columns], np.concatenate(scores)[:, columns])}
+
+
+def _divergence(plain: Any, other: Any) -> float:
+    """Nats a candidate: divergence of the heads' probabilities from the reference's, [candidates, heads]."""
+    plain, other = (np.clip(p.astype(np.float64), 1e-7, 1 - 1e-7) for p in (plain, other))
+    nats = plain * np.log(plain / other) + (1 - plain) * np.log((1 - plain) / (1 - other))
+    return float(nats.sum(axis=1).mean())
 
 
 def _predicted(times: Mapping[str, Any], layers: Sequence[str], load: str) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import correlation
 from typing import Any
 
 from pipeline.bench.rates import show
@@ -58,19 +60,19 @@ def report(cases: Mapping[str, Case]) -> str:
 
 
 def figure(name: str, case: Case) -> str:
-    """Each engine's ratio to float32 for a lone request over the largest loss of any head."""
-    points = [(max(_loss(engine), 1e-6), engine[f"{LONE}_ratio"], engine) for engine in case["engines"]]
+    """Each quantised engine's ratio to float32 for a lone request over its damage."""
+    engines = case["engines"][1:]
     plot = Plot(
-        title=f"{name}: a lone request's latency over what is lost",
-        x=around([x for x, _, _ in points], "largest loss of AUC or GAUC, 95 % upper bound", log=True),
-        y=around([bound for _, (_, *bounds), _ in points for bound in bounds], "latency, share of float32's"),
-        right=150,
+        title=f"{name}: a lone request's latency over the damage to the scores",
+        x=around([1e6 * engine["damage"] for engine in engines], "damage on test users, millionths of a nat", log=True),
+        y=around([bound for engine in engines for bound in engine[f"{LONE}_ratio"]], "latency, share of float32's"),
+        right=190,
     )
-    plot.rule(x=case["margin"], text="margin")
-    for x, (value, low, high), engine in points:
-        look = "base" if engine["recipe"] == "none" else "win" if engine["name"].startswith("ours") else "dot"
-        plot.point(x, value, look, f"{engine['name']}: {value:.3f} ({low:.3f} to {high:.3f})")
-        plot.text(x, value, _short(engine["name"]), dx=6, dy=3)
+    for engine in engines:
+        value, low, high = engine[f"{LONE}_ratio"]
+        look = "win" if engine["name"].startswith("ours") else "dot" if engine["name"].startswith("auto") else "base"
+        plot.point(1e6 * engine["damage"], value, look, f"{engine['name']}: {value:.3f} ({low:.3f} to {high:.3f})")
+        plot.text(1e6 * engine["damage"], value, _short(engine["name"]), dx=6, dy=3)
     return standalone(plot.svg())
 
 
@@ -78,12 +80,13 @@ INTRODUCTION = """\
 *Damage* is what rounding a layer alone does to the trained heads: the divergence of their probabilities from float32's, in millionths of a nat a
 candidate. *Estimated* is from gradients on calibration requests, *true* from rounding the layer and scoring requests of test users. *us* are
 microseconds of the layer as an engine of its own in ONNX Runtime on one thread, at the rows that the workload's requests give it; *border* is the
-part of int8's that rounds the layer's input. *ours, 10 %* has the least predicted latency of a lone request with at most a tenth of the damage of
-all layers, and may choose among all linear layers; *of the blocks* among those alone that the uniform recipes round. *auto_quantize, 12 bits* is
-the quantiser's choice with 12 bits a weight on average, 16 standing for float. Engines are timed in turn in one process, round after round; a ratio
-is the median over rounds of the time over float32's in the same round, with the 95 % interval of that median. *Loss* is the 95 % upper bound of
-what AUC and GAUC lose (the larger of the two) in the engine's own scores, with the gate's verdict. *Predicted* is the sum of what each rounded
-layer saves by itself."""
+part of int8's that rounds the layer's input. *ours, 5 %* has the least predicted latency of a lone request with at most a twentieth of the
+estimated damage of all linear layers together, *at the damage of* another mix with at most that one's; *of the blocks* chooses among those layers
+alone that the uniform recipes round. *auto_quantize, 12 bits* is the quantiser's choice with 12 bits a weight on average, 16 standing for float. An
+engine's damage is that of its own scores of all test users. Engines are timed in turn in one process, round after round; a ratio is the median over
+rounds of the time over float32's in the same round, with the 95 % interval of that median; *over int8_max* is the same against that engine. *Loss*
+is the 95 % upper bound of what AUC and GAUC lose (the larger of the two) in the engine's own scores, with the gate's verdict. *Predicted* is the
+sum of what each rounded layer saves by itself."""
 
 
 def _tables(case: Case) -> dict[str, Table]:
@@ -106,7 +109,9 @@ def _engines(case: Case) -> Table:
         found = engine["accuracy"]["heads"]
         verdicts = (f"{found[head]['verdict'] or '-'} ({max(_known(found[head]), default=float('nan')):.1e})" for head in heads)
         kernels = f"{engine['integer_kernels']}"
-        rows.append((engine["name"], kernels, f"{engine['bytes'] / 1e6:.2f}", *times, f"{engine['throughput_rps']:.0f}", *verdicts))
+        over = _interval(engine[f"{LONE}_over_uniform"], ".3f")
+        damage = f"{1e6 * engine['damage']:.2f}"
+        rows.append((engine["name"], kernels, f"{engine['bytes'] / 1e6:.2f}", *times, over, f"{engine['throughput_rps']:.0f}", damage, *verdicts))
     return header, rows
 
 
@@ -138,6 +143,17 @@ def _time_header() -> tuple[str, ...]:
 def _worth(case: Case) -> list[str]:
     """What the estimates are worth, in sentences."""
     layers, lines = case["layers"], []
+    for load, text in LOADS.items():
+        predicted, measured = zip(*((e["predicted_us"][load], e[f"{load}_saved_us"][0]) for e in case["engines"][1:]), strict=True)
+        slope = sum(p * m for p, m in zip(predicted, measured, strict=True)) / sum(p * p for p in predicted)
+        lines.append(
+            f"{text}: over {len(predicted)} engines the measured saving is {slope:.2f} of the predicted one (least squares), correlation "
+            f"{correlation(predicted, measured):.2f}, and is off that line by at most "
+            f"{max(abs(m - slope * p) for p, m in zip(predicted, measured, strict=True)):.0f} us."
+        )
+    damages = [(math.log(e["predicted_share"]), math.log(e["damage"])) for e in case["engines"][1:] if e["recipe"] != "int8_smoothquant"]
+    related = correlation(*zip(*damages, strict=True))
+    lines.append(f"damage: over {len(damages)} engines its logarithm and that of the predicted one have correlation {related:.3f}.")
     for number, found in layers["damages"].items():
         ranks = ", ".join(f"{score} {value:.3f}" for score, value in layers["ranks"][number].items())
         lines.append(
@@ -151,10 +167,6 @@ def _worth(case: Case) -> list[str]:
                 f"{number}, {where}: damages of single layers sum up to {summed / together:.2f} of the damage of all together ({together:.2e})"
             )
     return lines
-
-
-def _loss(engine: Case) -> float:
-    return max(value for found in engine["accuracy"]["heads"].values() for value in _known(found))
 
 
 def _known(found: Mapping[str, Any]) -> list[float]:

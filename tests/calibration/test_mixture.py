@@ -34,8 +34,8 @@ def test_what_is_faster_is_chosen_within_the_budget(budget: float, layers: list[
 
 def test_nothing_to_choose_takes_the_recipe_out_of_a_search() -> None:
     slower = {name: {"float": 1.0, "int8": 1.5} for name in DAMAGES}
-    with pytest.raises(SettingsError, match=r"int8_mixed needs a layer that is faster in int8, and within 0\.25 of the damage none is here"):
-        mixture.mix(RECIPE, DAMAGES, slower, 0.25)
+    with pytest.raises(SettingsError, match=r"int8_mixed needs a layer that is faster in int8, and within 0\.05 of the damage none is here"):
+        mixture.mix(RECIPE, DAMAGES, slower, 0.05)
 
 
 def test_damages_are_of_every_layer_and_of_all_together(base: Path) -> None:

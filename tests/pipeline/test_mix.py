@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration.recipes import get
 from model import checkpoint
 from model.config import ModelConfig
 from pipeline import jobs, stages
@@ -21,6 +22,7 @@ from pipeline.requests import save_requests
 from tests.factories import random_request
 from tests.model.lively import lively_model
 
+BUDGET = get("int8_mixed").budget
 CONFIG = ModelConfig(d_model=64, layers=2, heads=2, max_seq_len=512, scaling_seqlen=64, embedding_dim=16)
 
 
@@ -58,9 +60,9 @@ def test_the_mix_follows_from_its_tables(mixed: dict[str, Any]) -> None:
     assert mixed["predicted"]["saved_us"] == pytest.approx(sum(saved[name] for name in mixed["layers"]))
     share = sum(mixed["damage_nats"][name] for name in mixed["layers"]) / sum(mixed["damage_nats"].values())
     assert share == pytest.approx(mixed["predicted"]["damage_share"])
-    assert share <= mixed["budget"] == 0.25
+    assert share <= mixed["budget"] == BUDGET
     left = [name for name in mixed["damage_nats"] if name not in mixed["layers"] and saved[name] > 0]
-    assert all(share + mixed["damage_nats"][name] / sum(mixed["damage_nats"].values()) > 0.25 for name in left)
+    assert all(share + mixed["damage_nats"][name] / sum(mixed["damage_nats"].values()) > BUDGET for name in left)
     assert mixed["machine"] == dict(fingerprint())
 
 
