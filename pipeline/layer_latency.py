@@ -1,8 +1,9 @@
 """What each linear layer takes in an engine, in each number it may have there: measured on this machine, at the rows the workload gives it.
 
 Each layer in each number is an engine of its own (`backends.product`). All of them are timed in turn, round after round, so that whatever else the
-machine does hits all alike; a figure is the median over rounds, with its binomial interval. The cost of the call itself is in all of them and cancels
-in differences, which are all that a choice reads. Left out: what surrounds the layers, which is the same in every mix.
+machine does hits all alike; a figure is the median over rounds, with its binomial interval. Engines run on one thread, and what is counted is that
+thread's own time: the time that other processes take is not in it. The cost of the call itself is in all figures and cancels in differences, which
+are all that a choice reads. Left out: what surrounds the layers, which is the same in every mix.
 """
 
 from __future__ import annotations
@@ -68,7 +69,6 @@ def measure(
     requests: Sequence[RankingRequest],
     seconds: float,
     progress: Callable[[float, str], None] = lambda share, text: None,
-    threads: int = 1,
 ) -> tuple[Table, Table]:
     """Times of `layers` in ONNX Runtime, and of rounding their inputs alone (number 'rounding'), for about `seconds` or a few rounds at least."""
     from pipeline.backends import product
@@ -76,13 +76,13 @@ def measure(
     modules = dict(model.named_modules())
     given = {load: rows(model, layers, batches) for load, batches in loads(requests).items()}
     widths = {modules[name].in_features for name in layers}
-    roundings = {width: product.open_rounding(width, threads) for width in widths}
+    roundings = {width: product.open_rounding(width) for width in widths}
     rng = np.random.default_rng(0)
     values = {width: rng.standard_normal((max(map(max, _of_width(modules, given, width))), width), np.float32) for width in widths}
     timed: dict[tuple[str, str, str], list[tuple[Any, Any]]] = {}
     for name in layers:
         width, height = modules[name].in_features, modules[name].out_features
-        sessions = {number: product.open_product(width, height, number, threads) for number in product.NUMBERS}
+        sessions = {number: product.open_product(width, height, number) for number in product.NUMBERS}
         for number, session in {**sessions, ROUNDING: roundings[width]}.items():
             for load in LOADS:
                 timed[name, number, load] = [(session, {product.INPUT: values[width][:count]}) for count in given[load][name]]
@@ -113,9 +113,9 @@ def _of_width(modules: Mapping[str, Any], given: Mapping[str, Mapping[str, list[
 
 
 def _seconds(session: Any, feed: Any) -> float:
-    began = time.perf_counter()
+    began = time.thread_time()
     session.run(None, feed)
-    return time.perf_counter() - began
+    return time.thread_time() - began
 
 
 def _summary(times: Sequence[float]) -> tuple[float, float, float]:

@@ -1,7 +1,8 @@
 """One linear layer as an engine of its own, in float32 or with an int8 product: what a layer's latency is measured on.
 
-The int8 one is made as the whole graph is (Q/DQ nodes, an integer bias, the runtime's optimiser), so it has the kernels that the layer has there:
-one that rounds its input, and one product that gives float32. No rounding is shared between layers, because each input has a scale of its own.
+The int8 one is made as the whole graph is (Q/DQ nodes, an integer bias, the runtime's optimiser), so it has the kernels that the layer has there: one
+that rounds its input, and one product that gives float32. It runs on one thread. No rounding is shared between layers, because each input has a scale
+of its own.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ RANGE = 4.0
 """Of the made-up values; what they are changes nothing about the time."""
 
 
-def open_product(inputs: int, outputs: int, number: str, threads: int) -> onnxruntime.InferenceSession:
+def open_product(inputs: int, outputs: int, number: str) -> onnxruntime.InferenceSession:
     """The layer as a session that takes `x`, [n, inputs] float32, and gives [n, outputs] float32."""
     with TemporaryDirectory() as folder:
-        return _open(_optimised(inputs, outputs, number, Path(folder))[0], threads)
+        return _open(_optimised(inputs, outputs, number, Path(folder))[0])
 
 
-def open_rounding(width: int, threads: int) -> onnxruntime.InferenceSession:
+def open_rounding(width: int) -> onnxruntime.InferenceSession:
     """What stands at a border between float and int8: `x`, [n, width] float32, rounded to int8."""
     import onnx
 
@@ -40,7 +41,7 @@ def open_rounding(width: int, threads: int) -> onnxruntime.InferenceSession:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
         onnx.save(_graph([node], _scales(RANGE / 127), width, width, onnx.TensorProto.INT8), str(path))
-        return _open(path, threads)
+        return _open(path)
 
 
 def operators(inputs: int, outputs: int, number: str) -> dict[str, int]:
@@ -66,12 +67,12 @@ def _optimised(inputs: int, outputs: int, number: str, folder: Path) -> tuple[Pa
     return path, optimise(draft, path, "all")
 
 
-def _open(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def _open(path: Path) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads, options.inter_op_num_threads, options.enable_mem_pattern = threads, 1, False
+    options.intra_op_num_threads, options.inter_op_num_threads, options.enable_mem_pattern = 1, 1, False
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

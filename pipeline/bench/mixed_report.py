@@ -83,10 +83,11 @@ microseconds of the layer as an engine of its own in ONNX Runtime on one thread,
 part of int8's that rounds the layer's input. *ours, 5 %* has the least predicted latency of a lone request with at most a twentieth of the
 estimated damage of all linear layers together, *at the damage of* another mix with at most that one's; *of the blocks* chooses among those layers
 alone that the uniform recipes round. *auto_quantize, 12 bits* is the quantiser's choice with 12 bits a weight on average, 16 standing for float. An
-engine's damage is that of its own scores of all test users. Engines are timed in turn in one process, round after round; a ratio is the median over
-rounds of the time over float32's in the same round, with the 95 % interval of that median; *over int8_max* is the same against that engine. *Loss*
-is the 95 % upper bound of what AUC and GAUC lose (the larger of the two) in the engine's own scores, with the gate's verdict. *Predicted* is the
-sum of what each rounded layer saves by itself."""
+engine's damage is that of its own scores of all test users. Engines are timed in turn in one process, round after round; *ms* is by the clock, the
+median over rounds (of a lone request: the mean of eight lengths). Shares, microseconds and requests/s (of full batches) are of the thread's own
+time, which other processes on the machine are not in; a share is the median over rounds of the time over that of the other engine in the same
+round, with the 95 % interval of that median. *Loss* is the 95 % upper bound of what AUC and GAUC lose (the larger of the two) in the engine's own
+scores, with the gate's verdict. *Predicted* is the sum of what each rounded layer saves by itself."""
 
 
 def _tables(case: Case) -> dict[str, Table]:
@@ -96,22 +97,19 @@ def _tables(case: Case) -> dict[str, Table]:
 def _engines(case: Case) -> Table:
     heads = case["heads"]
     header = (
-        "engine",
-        "int8 layers",
-        "MB",
-        *(f"{text}, ms (ratio)" for text in LOADS.values()),
-        "requests/s",
-        *(f"{h}: verdict (loss)" for h in heads),
+        *("engine", "int8 layers", "MB", "damage, 1e-6 nats"),
+        *(f"{text}: {what}" for text in LOADS.values() for what in ("ms", "share of float32's", "of int8_max's")),
+        *("requests/s", *(f"{head}: verdict (loss)" for head in heads)),
     )
     rows = []
     for engine in case["engines"]:
-        times = (f"{engine[f'{load}_ms'][0]:.3f} ({_interval(engine[f'{load}_ratio'], '.3f')})" for load in LOADS)
         found = engine["accuracy"]["heads"]
         verdicts = (f"{found[head]['verdict'] or '-'} ({max(_known(found[head]), default=float('nan')):.1e})" for head in heads)
-        kernels = f"{engine['integer_kernels']}"
-        over = _interval(engine[f"{LONE}_over_uniform"], ".3f")
-        damage = f"{1e6 * engine['damage']:.2f}"
-        rows.append((engine["name"], kernels, f"{engine['bytes'] / 1e6:.2f}", *times, over, f"{engine['throughput_rps']:.0f}", damage, *verdicts))
+        facts = (engine["name"], str(engine["integer_kernels"]), f"{engine['bytes'] / 1e6:.2f}", f"{1e6 * engine['damage']:.2f}")
+        times = (
+            (f"{engine[f'{load}_ms'][0]:.3f}", *(_interval(engine[f"{load}_{what}"], ".3f") for what in ("ratio", "over_uniform"))) for load in LOADS
+        )
+        rows.append((*facts, *(text for three in times for text in three), f"{engine['throughput_rps']:.0f}", *verdicts))
     return header, rows
 
 
@@ -184,4 +182,5 @@ def _short(name: str) -> str:
 
 def _markdown(table: Table) -> list[str]:
     header, rows = table
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+    lines: list[Sequence[str]] = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cell for _, cell in zip(header, line, strict=True))} |" for line in lines]
