@@ -72,7 +72,8 @@ def figure(name: str, case: Case) -> str:
         value, low, high = engine[f"{LONE}_ratio"]
         look = "win" if engine["name"].startswith("ours") else "dot" if engine["name"].startswith("auto") else "base"
         plot.point(1e6 * engine["damage"], value, look, f"{engine['name']}: {value:.3f} ({low:.3f} to {high:.3f})")
-        plot.text(1e6 * engine["damage"], value, _short(engine["name"]), dx=6, dy=3)
+        if " at the damage of " not in _short(engine["name"]):  # beside its rival, whose name stands there
+            plot.text(1e6 * engine["damage"], value, _short(engine["name"]), dx=6, dy=3)
     return standalone(plot.svg())
 
 
