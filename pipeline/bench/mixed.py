@@ -168,6 +168,7 @@ def measure_engines(
         return ()
 
     wanted: list[tuple[str, str, tuple[str, ...]]] = [("float32", stages.PLAIN, ()), *((name, name, ()) for name in UNIFORMS)]
+    wanted.append((f"{UNIFORM} again", UNIFORM, ()))  # how far two sessions of one engine are apart
     wanted += [(f"auto_quantize, {bits} bits", RECIPE, tuple(chosen)) for bits, chosen in layers["auto_quantize"].items()]
     rivals = {UNIFORM: layers["blocks"], **{name: chosen for name, _, chosen in wanted if chosen}}
     wanted += [(f"ours, {budget:.0%}", RECIPE, ours(budget, layers["names"])) for budget in options["budgets"]]

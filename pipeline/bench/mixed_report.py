@@ -87,8 +87,9 @@ alone that the uniform recipes round. *auto_quantize, 12 bits* is the quantiser'
 engine's damage is that of its own scores of all test users. Engines are timed in turn in one process, round after round; *ms* is by the clock, the
 median over rounds (of a lone request: the mean of eight lengths). Shares, microseconds and requests/s (of full batches) are of the thread's own
 time, which other processes on the machine are not in; a share is the median over rounds of the time over that of the other engine in the same
-round, with the 95 % interval of that median. *Loss* is the 95 % upper bound of what AUC and GAUC lose (the larger of the two) in the engine's own
-scores, with the gate's verdict. *Predicted* is the sum of what each rounded layer saves by itself."""
+round, with the 95 % interval of that median. The same engine opened twice (*again*) shows how much of a difference is of the session and not of the
+mix. *Loss* is the 95 % upper bound of what AUC and GAUC lose (the larger of the two) in the engine's own scores, with the gate's verdict.
+*Predicted* is the sum of what each rounded layer saves by itself."""
 
 
 def _tables(case: Case) -> dict[str, Table]:

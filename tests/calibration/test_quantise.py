@@ -138,6 +138,20 @@ def test_the_manifest_vouches_for_every_file(quantised: Quantised, base: Path) -
     assert config["recipe"]["requires"] == get(recipe).requires
 
 
+@pytest.mark.parametrize(("node", "layer"), [
+    ("/blocks.1/merge/input_quantizer/QuantizeLinear", "blocks.1.merge"),
+    ("/heads/trunk/trunk.2/input_quantizer/DequantizeLinear", "heads.trunk.2"),
+    ("/heads/engagement/engagement.0/input_quantizer/DequantizeLinear", "heads.towers.engagement.0"),
+    ("/heads/trunk/trunk.0/input_quantizer/DequantizeLinear", ""),
+    ("/heads/input_quantizer/DequantizeLinear", ""),
+    ("/heads/trunk/trunk.2/weight_quantizer/DequantizeLinear", ""),
+    ("Gather_7", ""),
+])  # fmt: skip
+def test_a_node_of_the_graph_belongs_to_one_layer_or_none(node: str, layer: str) -> None:
+    names = [f"{name}.input_quantizer" for name in ("blocks.1.merge", "heads.trunk.2", "heads.towers.engagement.0", "heads.towers.engagement.2")]
+    assert parity._module_of(node, names) == (f"{layer}.input_quantizer" if layer else "")
+
+
 def test_a_wrong_scale_in_the_graph_is_caught(exported: Quantised, base: Path, tmp_path: Path) -> None:
     """Half a percent on one scale: no larger than what a step of rounding does, and still no tie."""
     _, folder, _ = exported

@@ -55,7 +55,8 @@ def engines(case: tuple[Path, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def test_every_engine_rounds_its_layers_alone(case: tuple[Path, dict[str, Any]]) -> None:
     found = engines(case)
-    assert list(found)[:3] == ["float32", "int8_max", "int8_smoothquant"]
+    assert list(found)[:4] == ["float32", "int8_max", "int8_smoothquant", "int8_max again"]
+    assert found["int8_max again"]["layers"] == found["int8_max"]["layers"]
     assert {"auto_quantize, 10 bits", "ours, 30%", "ours, 90%", "ours at the damage of int8_max", "ours of the blocks, 5%"} <= set(found)
     assert "ours, 0%" not in found  # nothing is within that budget
     for engine in case[1]["engines"]:
