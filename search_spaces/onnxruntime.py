@@ -10,9 +10,9 @@ from search_spaces.space import Choice, Node, Space, When
 
 RECIPE = Choice(
     name="quant.recipe",
-    options=("none", "int8_max", "int8_smoothquant", "tables_int8", "int8_smoothquant+tables_int8"),
-    why="int8 pays only with VNNI or AMX and large products, tables where they are large; entropy calibration is left out because it was "
-    "far off on this model, int8_sparse because no kernel here skips zeros",
+    options=("none", "int8_max", "int8_smoothquant", "int8_mixed", "tables_int8", "int8_smoothquant+tables_int8"),
+    why="int8 pays only with VNNI or AMX and large products, which int8_mixed measures layer by layer, tables where they are large; "
+    "entropy calibration is left out because it was far off on this model, int8_sparse because no kernel here skips zeros",
 )
 PROVIDER = Choice(
     name="build.provider",

@@ -40,8 +40,10 @@ CPU, CUDA = "cpu", "cuda"
 PROVIDERS: Mapping[str, list[str]] = {CPU: ["CPUExecutionProvider"], CUDA: ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 """In the order they are asked for each operator; the CPU does what no GPU needs to, such as working out shapes."""
 
+INT8 = ("int8_max", "int8_smoothquant", "int8_sparse", "int8_mixed")
+
 BUILD: Mapping[str, Knob] = {
-    "quant.recipe": Knob(default=NONE, options=quantised.with_tables(("int8_max", "int8_smoothquant", "int8_sparse"), ("tables_int8",))),
+    "quant.recipe": Knob(default=NONE, options=quantised.with_tables(INT8, ("tables_int8",))),
     "build.graph_level": Knob(default="all", options=("basic", "extended", "all")),
     "build.provider": Knob(default=CPU, options=(CPU, CUDA)),
 }
@@ -173,7 +175,7 @@ def _open(graph: Path, manifest: Mapping[str, Any], settled: Settings) -> onnxru
     import onnxruntime
 
     provider = str(manifest["settings"].get("build.provider", CPU))
-    options = _options(int(settled["engine.threads"]), bool(settled["engine.arena"]), bool(settled["engine.spinning"]))
+    options = session_options(int(settled["engine.threads"]), bool(settled["engine.arena"]), bool(settled["engine.spinning"]))
     if provider == CUDA:
         options.graph_optimization_level = level(str(manifest["settings"]["build.graph_level"]))
     listening: AbstractContextManager[list[str]] = heard() if provider == CUDA else nullcontext([])
@@ -202,7 +204,7 @@ def _version() -> str:
     return str(onnxruntime.__version__)
 
 
-def _options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.SessionOptions:
+def session_options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.SessionOptions:
     """For serving: the graph is optimised already, and one batch runs at a time."""
     import onnxruntime
 

@@ -24,6 +24,7 @@ from model.batch import pack
 from model.config import SIZES
 from model.export import join
 from model.network import MTGR
+from model.rounded import apply
 from pipeline.backends import graph, onnxruntime
 from pipeline.backends.graph import optimise
 from pipeline.backends.onnxruntime import BACKEND
@@ -34,12 +35,14 @@ from tests.factories import SCHEMA, jagged_requests, random_request
 
 CONFIG = replace(SIZES["tiny"], d_model=32, layers=2, max_seq_len=512, scaling_seqlen=128, embedding_dim=16)
 ROOT = Path(__file__).resolve().parents[3]
+MIX = ("embedding.candidate_mlp.2", "blocks.0.uqkv", "blocks.1.uq", "heads.towers.retention.0")
+"""Layers of `int8_mixed`: of four shapes."""
 SERVE: Settings = {"engine.threads": 1, "serve.max_wait_ms": 0.0}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """checkpoint, calibration.npz, and the quantised int8_max and fp8_max beside them."""
+    """checkpoint, calibration.npz, and the quantised int8_max, fp8_max and int8_mixed beside them."""
     folder = tmp_path_factory.mktemp("onnxruntime")
     torch.manual_seed(0)
     model = MTGR(CONFIG, SCHEMA)
@@ -50,8 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     sizes = rng.integers((0, 0, 1), (100, 60, 30), (40, 3)).tolist()
     save_requests(folder / "calibration.npz", [random_request(rng, static=s, realtime=r, candidates=k, user_key=s) for s, r, k in sizes])
-    for recipe in ("int8_max", "fp8_max"):
-        quantise(folder / "checkpoint", recipe, folder / "calibration.npz", folder / recipe, lambda share, text: None)
+    for recipe in ("int8_max", "fp8_max", "int8_mixed"):
+        mix = {"layers": list(MIX)} if recipe == "int8_mixed" else None
+        quantise(folder / "checkpoint", recipe, folder / "calibration.npz", folder / recipe, lambda share, text: None, mix)
     return folder
 
 
@@ -98,6 +102,22 @@ def test_int8_runs_integer_kernels_and_scores_as_the_fake_quantised_model(folder
     assert difference.max() < np.abs(got - exact).max() < 0.1
     assert effective["quant.recipe"] == "int8_max"
     assert effective["build.integer_kernels"] == 5
+
+
+def test_a_mix_has_integer_kernels_for_its_layers_and_no_others(folder: Path, tmp_path: Path) -> None:
+    requests = load_requests(folder / "calibration.npz")
+    engine = built(folder / "int8_mixed", tmp_path / "engine", quant_recipe="int8_mixed")
+    got, effective = scores(engine, requests)
+    assert (effective["quant.recipe"], effective["build.integer_kernels"]) == ("int8_mixed", len(MIX))
+    network = apply(
+        checkpoint.load(folder / "int8_mixed", "int8_mixed"), json.loads((folder / "int8_mixed" / "config.json").read_text())["roundings"]
+    )
+    graph = onnx.load(str(engine / "graph.onnx")).graph
+    integers = [value for value in graph.initializer if value.data_type == onnx.TensorProto.INT8 and len(value.dims) == 2]
+    assert sorted(sorted(value.dims) for value in integers) == sorted(sorted(network.get_submodule(name).weight.shape) for name in MIX)
+    with torch.inference_mode():
+        fake = network(*pack(requests).tensors()).numpy()
+    assert np.median(np.abs(got - fake).max(axis=1)) < 1e-5
 
 
 def test_int8_without_integer_kernels_is_the_settings_fault(folder: Path, tmp_path: Path) -> None:
