@@ -19,7 +19,7 @@ from torch import Tensor
 from model.stored import Stored
 from pipeline.errors import CheckpointError
 
-INLINE = 2**30
+INLINE = 2**28
 """Bytes of tensors up to which a graph is one file."""
 
 SMALL = 1024

@@ -54,6 +54,8 @@ CASES: tuple[tuple[str, Settings], ...] = (
     ("onnxruntime", {"quant.recipe": "none", "build.graph_level": "all"}),
     ("tensorrt", {}),
     ("tensorrt", {"quant.recipe": "int8_max", "build.profiles": 2, "engine.inflight": 2}),
+    ("tensorrt", {"quant.recipe": "fp8_max", "build.precision": "fp16"}),
+    ("tensorrt", {"build.precision": "bf16"}),
     ("onnxruntime", {"quant.recipe": "tables_int8", "build.graph_level": "all"}),
     ("vllm", {"build.precision": "fp32", "engine.enforce_eager": True, "engine.kv_cache_memory_mib": 64}),
 )

@@ -76,6 +76,9 @@ def test_norms_and_the_sigmoid_of_the_heads_are_float32(precision: Any, tmp_path
     norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
     assert len(norms) == 2 * CONFIG.layers
     assert {kinds[name] for node in norms for name in (*node.input, *node.output)} == {TensorProto.FLOAT}
+    pairs = [tensor for tensor in graph.initializer if tensor.name.endswith((".gamma", ".beta"))]
+    assert len(pairs) == 4 * CONFIG.layers
+    assert {tensor.data_type for tensor in pairs} == {TensorProto.FLOAT}
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
     assert {kinds[name] for node in products for name in node.input} == {KINDS[precision]}
     (last,) = (node for node in graph.node if node.output[0] == "scores")
