@@ -6,7 +6,7 @@ TRITON_VENV ?= .venv-triton
 BIN := $(VENV)/bin
 # Models in tests are so small that more threads mostly wait for each other: twice the CPU time.
 VLLM_PYTEST := OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest
-SANITIZED := tests/model/kernels/test_attention.py tests/model/kernels/test_linear.py tests/model/kernels/test_fused.py
+SANITIZED := tests/model/kernels/test_attention.py tests/model/kernels/test_indexed.py tests/model/kernels/test_linear.py tests/model/kernels/test_fused.py
 
 .PHONY: tune test test-slow test-gpu test-vllm test-triton vllm-env vllm-env-or-not sanitize lint ui clean
 

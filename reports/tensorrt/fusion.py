@@ -103,7 +103,8 @@ def report(results: dict[str, Any]) -> str:
             "Before: build.attention=operators, after: plugin. Kernels are the layers of the engine as the builder lists it, without auxiliary streams. "
             "Bytes are computed, not measured: the sizes of the tensors that a layer reads and writes, weights left out, each counted once a layer, "
             "whatever a kernel reads of them twice or not at all. Attention's are the layers between the blocks' projections, norms and gates "
-            f"among them on both sides. Lengths ({shapes}) and weights (random) are fixed.",
+            "among them on both sides; after, a block has the plugin, a copy of q, k and v out of the projection's rows, and its norms with the gate. "
+            f"Lengths ({shapes}) and weights (random) are fixed.",
             "",
             *HEADER,
             *(line(row) for row in results["rows"]),

@@ -39,6 +39,8 @@ from reports import traffic  # noqa: E402
 
 SCHEMA = traffic.schema(items=500, categories=50)
 RECIPES = ("none", "int8_max", "int8_smoothquant", "int8_sparse", "fp8_max", "fp8_attention", "int4_awq")
+FEWER = {"small": ("none", "int8_max", "fp8_max")}
+"""Those of sizes whose quantising takes minutes."""
 PRECISIONS = ("fp32", "fp16", "bf16")
 EVERYWHERE = (("none", "fp32"), ("none", "fp16"), ("none", "bf16"), ("int8_max", "fp16"), ("fp8_max", "fp16"))
 """Built for every GPU generation; all others for one."""
@@ -76,7 +78,7 @@ def models(size: str, folder: Path) -> Sources:
     made = [traffic.request(SCHEMA, user, int(n), int(n) // 2, 16, rng, rng) for user, n in enumerate(rng.integers(8, longest, 12))]
     save_requests(folder / "calibration.npz", made)
     found = {}
-    for recipe in RECIPES:
+    for recipe in FEWER.get(size, RECIPES):
         if recipe != "none":
             say(f"{size}: quantising, {recipe}")
             quantise(folder / "none", recipe, folder / "calibration.npz", folder / recipe, lambda share, text: None)

@@ -136,12 +136,13 @@ def _put_parser_beside_library() -> None:
 
     Too late, and without effect, where this process has imported tensorrt_rtx.
     """
-    found = find_spec("tensorrt_rtx_libs")
-    if _folders or RTX in sys.modules or found is None or not found.origin or sys.platform != "linux":
+    package = find_spec("tensorrt_rtx_libs")
+    libraries = Path(package.origin).parent if package and package.origin else Path()
+    if _folders or RTX in sys.modules or not (libraries / PARSER).exists():
         return
     _folders.append(tempfile.TemporaryDirectory(prefix="tensorrt-rtx-"))
     folder = Path(_folders[0].name)
-    for path in Path(found.origin).parent.glob("*.so.*"):
+    for path in libraries.glob("*.so.*"):
         (folder / path.name).symlink_to(path)
         (folder / path.name.partition(".so")[0]).with_suffix(".so").symlink_to(path)
     ctypes.CDLL(str(folder / PARSER))
@@ -149,7 +150,10 @@ def _put_parser_beside_library() -> None:
 
 def _finds_library() -> bool:
     origin = ctypes.create_string_buffer(4096)
-    parser = ctypes.CDLL(PARSER, mode=os.RTLD_NOLOAD)
+    try:
+        parser = ctypes.CDLL(PARSER, mode=os.RTLD_NOLOAD)
+    except OSError:  # another version's
+        return False
     ctypes.CDLL(None).dlinfo(ctypes.c_void_p(parser._handle), RTLD_DI_ORIGIN, origin)
     return (Path(os.fsdecode(origin.value)) / LIBRARY).exists()
 

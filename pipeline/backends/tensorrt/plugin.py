@@ -1,6 +1,7 @@
 """MTGR's attention as a TensorRT plugin: the operators of `model.onnx.attention` by our own kernel, which travels inside the engine.
 
-Both flavours import a node by an IPluginV3 written in Python and registered under the node's name. While an engine is built, the kernel is compiled
+The parser imports a node by an IPluginV3 written in Python and registered under the node's name; engines have been built so by tensorrt_rtx, and
+tensorrt documents the same classes. While an engine is built, the kernel is compiled
 ahead of time for every GPU the engine is for (`model.kernels.ahead`), and the plugin gives the machine code to the engine among its fields. Where
 the engine runs, the plugin is made from those fields and launches that code (`launch`): neither Triton nor a compiler is needed there, but
 this module, registered, is. TensorRT's own ahead-of-time Python plugins would do without; tensorrt_rtx has no such interface, and its
@@ -206,7 +207,8 @@ def _plugin(trt: Any, shelf: Shelf) -> Any:
 
         def enqueue(self, inputs: Any, outputs: Any, read: Any, written: Any, workspace: int, stream: int) -> None:
             assert self.variant is not None
-            assert self.kernel is not None
+            if self.kernel is None:  # a builder that times it attaches it to no context
+                self.kernel = launch.load(self.state)
             shapes = [tuple(description.dims) for description in inputs]
             launch.enqueue(self.kernel, self.variant, self.alpha, shapes, list(read), written[0], stream)
 
