@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from model.rounded import Round
 from pipeline.contracts import RankingRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 TIE = 1e-3
 """How near to the middle between two steps a value must lie, in steps, for either side to be right."""
@@ -76,7 +77,7 @@ def _run_graph(path: Path, batch: PackedBatch, quantisers: Mapping[str, Any]) ->
     graph = onnx.load(str(path))
     outputs: dict[str, list[str]] = {}
     for node in graph.graph.node:
-        name = ".".join(node.name.strip("/").split("/")[:-1])
+        name = _module_of(node.name, quantisers)
         if node.op_type == "DequantizeLinear" and name in quantisers:
             outputs.setdefault(name, []).append(node.output[0])
     if missing := sorted(set(quantisers) - set(outputs)):
@@ -92,6 +93,21 @@ def _run_graph(path: Path, batch: PackedBatch, quantisers: Mapping[str, Any]) ->
     results = session.run(["scores", *every], {name: array for name, array in feed.items() if name in taken})
     values = dict(zip(every, (torch.from_numpy(array) for array in results[1:]), strict=True))
     return results[0], {name: [values[output] for output in found] for name, found in outputs.items()}
+
+
+def _module_of(node: str, names: Iterable[str]) -> str:
+    """The one of `names` whose operation this is; '' for none. '/heads/engagement/engagement.0/input_quantizer/QuantizeLinear' is
+    heads.towers.engagement.0.input_quantizer's: part of a sequence repeats the sequence's name, and a dictionary gone through by values has none.
+    """
+    scopes = node.strip("/").split("/")
+    parts = ".".join(scope for scope, inner in pairwise(scopes) if not inner.startswith(f"{scope}.")).split(".")
+    found = [name for name in names if name.endswith(parts[-1]) and _in_order(parts, name.split("."))]
+    return found[0] if len(found) == 1 else ""
+
+
+def _in_order(parts: Sequence[str], among: Sequence[str]) -> bool:
+    rest = iter(among)
+    return all(part in rest for part in parts)
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from time import monotonic
@@ -32,7 +32,7 @@ from model.network import MTGR
 from model.onnx.files import data_file
 from model.rounded import Rounding, apply
 from pipeline.contracts import RankingRequest
-from pipeline.errors import CheckpointError, UserError
+from pipeline.errors import UserError
 from pipeline.requests import load_requests, validate
 
 GRAPH, STATE = "model.onnx", "modelopt.pt"
@@ -47,17 +47,17 @@ COMPARED = 32
 """Requests on which what engines read is compared with the fake-quantised model, and that with the float model."""
 
 
-def quantise(checkpoint: Path, recipe: str, requests: Path, out: Path, progress: Progress) -> dict[str, Any]:
+def quantise(checkpoint: Path, recipe: str, requests: Path, out: Path, progress: Progress, mix: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Quantise `checkpoint` by the recipe of that name with the requests of an .npz, into the folder `out`. Returns its figures.
 
+    `mix` belongs to recipes whose layers are chosen by measurement: names them as 'layers', and is kept with whatever else it tells.
     Raises UserError for an unknown recipe or unfit requests, CheckpointError for a checkpoint that is not whole or holds a NaN, and
     AssertionError where the restored model, or what engines read of it, is not the calibrated one.
     """
     started = monotonic()
-    chosen = get(recipe)
+    chosen = _of_mix(get(recipe), mix)
     progress(0.0, "reading the checkpoint and the calibration requests")
     model = checkpoints.load(checkpoint)
-    _require_finite(model, checkpoint)
     calibration = load_requests(requests)
     samples.check(calibration)
     for request in calibration:
@@ -86,7 +86,8 @@ def quantise(checkpoint: Path, recipe: str, requests: Path, out: Path, progress:
         "base": checkpoints.digest(checkpoint),
         "calibration": samples.digest(calibration),
         "calibration_requests": len(calibration),
-        "figures": figures,
+        "figures": figures | {f"predicted/{name}": value for name, value in (mix or {}).get("predicted", {}).items()},
+        **({"mix": dict(mix)} if mix else {}),
         "roundings": {name: rounding.to_dict() for name, rounding in found.items()},
     }
     if chosen.number == "fp8":
@@ -191,7 +192,16 @@ def _require_seen(name: str, seen: bool) -> None:
         raise UserError(f"{name} must see finite values other than zero in calibration and saw none; use requests with a history and candidates")
 
 
+def _of_mix(recipe: Recipe, mix: Mapping[str, Any] | None) -> Recipe:
+    """The recipe with the layers that were chosen for it."""
+    if recipe.mixed != bool(mix and mix["layers"]):
+        raise UserError(f"a mix of layers goes with int8_mixed and with no other recipe, got {recipe.name} and {mix or 'none'}; give both or neither")
+    return replace(recipe, layers=tuple(mix["layers"])) if mix else recipe
+
+
 def _require_layers(model: MTGR, recipe: Recipe) -> None:
+    if recipe.mixed and (unknown := sorted(set(recipe.layers) - set(_layers(model, recipe)))):
+        raise UserError(f"a mix names layers of the checkpoint, and this one has no {', '.join(unknown)}; choose the mix for it")
     if recipe.attention != "float" and model.config.layer != "hstu":
         raise UserError(f"{recipe.name} rounds the attention of layer=hstu, and this model is {model.config.layer}; use another recipe")
 
@@ -247,13 +257,6 @@ def restore(checkpoint: Path, state: Path, recipe: Recipe) -> MTGR:
 
 def _sound(amax: torch.Tensor | None) -> bool:
     return amax is not None and bool(torch.isfinite(amax).all()) and bool((amax > 0).any())
-
-
-def _require_finite(model: MTGR, folder: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            bad = int((~torch.isfinite(parameter)).sum())
-            raise CheckpointError(f"weights must be finite to be quantised, but {name} of {folder} has {bad} that are not; train it again")
 
 
 def _require_same(model: MTGR, restored: MTGR) -> None:

@@ -1,9 +1,10 @@
 """Recipes of post-training quantisation, and what each asks of the quantiser.
 
-A recipe is named by quant.recipe, and says two things that do not depend on each other: how the linear layers of the blocks are rounded, where
-nine tenths of the dense work is, and how the rows of the embedding tables are, where nearly all bytes are. `int8_max` is one of the former,
-`tables_int8` one of the latter, `int8_max+tables_int8` both. Input MLPs, norms and heads stay in float: they are cheap, and the heads' errors reach
-the scores undamped. fp16 and bf16 are no recipes: nothing is calibrated, and build.precision says them already.
+A recipe is named by quant.recipe, and says two things that do not depend on each other: how the linear layers of the blocks are rounded, where nine
+tenths of the dense work is, and how the rows of the embedding tables are, where nearly all bytes are. `int8_max` is one of the former, `tables_int8`
+one of the latter, `int8_max+tables_int8` both. Input MLPs, norms and heads stay in float: they are cheap, and the heads' errors reach the scores
+undamped. `int8_mixed` may round any linear layer, and takes those that are measured to be worth it. fp16 and bf16 are no recipes: nothing is
+calibrated, and build.precision says them already.
 
 The quantiser's stock lists are not used, because they skip layers by names that mean nothing here. Entropy calibration is left out: on this model
 it was several times worse than max. So is SmoothQuant in fp8, whose steps grow with the value, so that an outlying channel does not coarsen the
@@ -45,7 +46,9 @@ class Recipe:
     tables: Literal["float", "int8", "fp8"] = "float"
     """What the embedding rows become, with a scale a row."""
     layers: tuple[str, ...] = ("blocks.*",)
-    """Patterns over module names of the linear layers that are quantised."""
+    """Patterns over module names of the linear layers that are quantised; of those that may be, where there is a budget."""
+    budget: float = 0.0
+    """Share of the damage of all its layers together that the chosen ones may do (`calibration.mixture`); 0 chooses none and takes them all."""
 
     @property
     def calibrates(self) -> bool:
@@ -62,6 +65,11 @@ class Recipe:
         """The GPU on which it can be faster, in words; empty where any will do. In plain torch every recipe can be scored anywhere."""
         number = "fp8" if self.attention == "fp8" and self.number != "nvfp4" else self.number
         return f"a GPU of compute capability {CAPABILITY[number]} or later" if number in CAPABILITY else ""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its layers are chosen by measurement, and not by their names."""
+        return self.budget > 0
 
     def bytes_of(self, rows: int, columns: int) -> float:
         """What a layer's weights take where an engine keeps them in this number with its scales: float32 a channel, float16 a block of int4."""
@@ -101,6 +109,7 @@ LAYERS = {
         Recipe(name="int8_max", number="int8"),
         Recipe(name="int8_smoothquant", number="int8", algorithm="smoothquant"),
         Recipe(name="int8_sparse", number="int8", sparse=True),
+        Recipe(name="int8_mixed", number="int8", layers=("blocks.*", "embedding.*", "heads.*"), budget=0.05),
         Recipe(name="fp8_max", number="fp8"),
         Recipe(name="fp8_attention", number="fp8", attention="fp8"),
         Recipe(name="int4_awq", number="int4", algorithm="awq_lite"),

@@ -32,6 +32,8 @@ def unite(model: MTGR) -> None:
     block: Any = model.blocks[-1]
     if model.config.layer == "hstu":
         ranges = [block.uq.input_quantizer, block.kv.input_quantizer]
+        if not all(quantiser.is_enabled for quantiser in ranges):
+            return  # a mix that rounds one of them
         amax = torch.maximum(ranges[0].amax, ranges[1].amax)
         for quantiser in ranges:
             quantiser.amax = amax

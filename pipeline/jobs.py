@@ -6,7 +6,8 @@
 | inputs | data, workload | the six files of `workload`, into FOLDER | summary |
 | train | data, model, train | FOLDER/checkpoint | metrics, heads |
 | compare | data, model, train, checkpoint, rivals | finished rivals, into FOLDER/rivals | rows |
-| quantise | checkpoint, recipe, inputs | FOLDER/checkpoint | summary |
+| mix | checkpoint, recipe, inputs | FOLDER/mix.json: the layers of a mixed recipe, and the tables they were chosen by | summary |
+| quantise | checkpoint, recipe, inputs, mix (what mix.json holds; null for other recipes) | FOLDER/checkpoint | summary |
 | reference | checkpoint, inputs (FOLDER if left out), cache | FOLDER/reference.npz | summary |
 
 `data`, `checkpoint` and `inputs` are folders; in `prepare`, `data` is the configuration's section, as `model`, `train` and `workload` are.
@@ -88,13 +89,48 @@ def compare(spec: Spec, folder: Path) -> dict[str, Any]:
     return {"rows": [own, *compare_models(config, resolve(spec["model"]), dataset.folder, folder / "rivals", progress, names)]}
 
 
+def mix(spec: Spec, folder: Path) -> dict[str, Any]:
+    """Measure what each layer does to the scores and takes in ONNX Runtime, and choose those that a mixed recipe quantises."""
+    from calibration import mixture, recipes, sensitivity
+    from model import checkpoint
+    from pipeline import layer_latency
+    from pipeline.environment import fingerprint
+    from pipeline.requests import load_requests
+    from pipeline.workload import CALIBRATION, WORKLOAD
+
+    recipe, inputs = recipes.get(str(spec["recipe"])), Path(spec["inputs"])
+    model, calibration = checkpoint.load(Path(spec["checkpoint"])), load_requests(inputs / CALIBRATION)
+    progress(0.0, "estimating what each layer does to the scores")
+    layers = sensitivity.layers(model, recipe.layers, calibration[:LOOKED_AT])
+    damages, together = mixture.damages(model, recipe, layers, calibration[:LOOKED_AT])
+    times, borders = layer_latency.measure(
+        model, layers, load_requests(inputs / WORKLOAD), TIMED_S, lambda share, text: progress(0.4 + 0.5 * share, text)
+    )
+    chosen = mixture.mix(recipe, damages, layer_latency.costs(times, layer_latency.LONE), recipe.budget)
+    tables = {"damage_nats": damages, "damage_nats/together": together, "latency_us": times, "rounding_us": borders}
+    write_json(folder / "mix.json", {**chosen, "engine": "onnxruntime", **tables, "machine": dict(fingerprint())})
+    predicted = chosen["predicted"]
+    progress(
+        1.0,
+        f"{len(chosen['layers'])} of {len(layers)} layers in {recipe.number}: {', '.join(chosen['layers'])}; predicted to save "
+        f"{predicted['saved_us']:.0f} us a request (all: {predicted['saved_us/all']:.0f}) at {predicted['damage_share']:.0%} of the damage of all",
+    )
+    return {"summary": predicted}
+
+
+LOOKED_AT = 64
+"""Calibration requests on which damages are estimated."""
+TIMED_S = 8.0
+"""How long layers are timed."""
+
+
 def quantise(spec: Spec, folder: Path) -> dict[str, Any]:
     """Calibrate, quantise and export."""
     from calibration.quantise import quantise as quantise_checkpoint
     from pipeline.workload import CALIBRATION
 
     out = folder / "checkpoint"
-    summary = quantise_checkpoint(Path(spec["checkpoint"]), str(spec["recipe"]), Path(spec["inputs"]) / CALIBRATION, out, progress)
+    summary = quantise_checkpoint(Path(spec["checkpoint"]), str(spec["recipe"]), Path(spec["inputs"]) / CALIBRATION, out, progress, spec.get("mix"))
     return {"summary": summary}
 
 
@@ -116,7 +152,7 @@ def reference(spec: Spec, folder: Path) -> dict[str, Any]:
             session.close()
 
 
-JOBS: dict[str, Callable[[Spec, Path], dict[str, Any]]] = {f.__name__: f for f in (prepare, inputs, train, compare, quantise, reference)}
+JOBS: dict[str, Callable[[Spec, Path], dict[str, Any]]] = {f.__name__: f for f in (prepare, inputs, train, compare, mix, quantise, reference)}
 
 
 def progress(share: float, text: str) -> None:

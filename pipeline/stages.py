@@ -28,7 +28,7 @@ from search_spaces.space import Space, pin
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "reference.npz"
-RECIPE, PLAIN = "quant.recipe", "none"
+RECIPE, PLAIN, MIXED = "quant.recipe", "none", "int8_mixed"
 ENGINES_S = 60.0
 """Deadline of the question which engines this machine can run."""
 
@@ -125,18 +125,41 @@ def requests(config: TuneConfig, prepared: Prepared | None, checkpoint: Checkpoi
     return cache.folder("inputs", key, make)
 
 
-def quantise(config: TuneConfig, recipe: str, checkpoint: Checkpoint, inputs: Path, on_line: Line | None = None) -> Path:
-    """The checkpoint quantised by a recipe on the calibration sample of `inputs`."""
+def mix(config: TuneConfig, recipe: str, checkpoint: Checkpoint, inputs: Path, on_line: Line | None = None) -> dict[str, Any]:
+    """The layers that a mixed recipe quantises, and the tables they were chosen by: measured once on a machine."""
     cache, launcher = _tools(config, on_line)
-    calibration = inputs / "calibration.npz"
-    if not calibration.is_file():
-        raise UserError(f"{inputs} has no calibration.npz, which recipe {recipe} needs; add it, or pin +settings.quant.recipe=none")
     spec = {"checkpoint": str(checkpoint.folder), "recipe": recipe, "inputs": str(inputs)}
+    sets = {"calibration": digest(_calibration(inputs, recipe)), "workload": digest(inputs / "workload.npz")}
+    code = _code("model", "calibration", "pipeline/layer_latency.py", "pipeline/backends", "pipeline/jobs.py")
+    key = cache.key({"checkpoint": _weights(checkpoint.folder), "recipe": recipe, **sets, "code": code, "fp": dict(fingerprint())})
+    return read_json(cache.folder("mix", key, lambda out: _job(launcher, "mix", out, spec)) / "mix.json")
+
+
+def quantise(config: TuneConfig, recipe: str, checkpoint: Checkpoint, inputs: Path, on_line: Line | None = None) -> Path:
+    """The checkpoint quantised by a recipe on the calibration sample of `inputs`. A mixed recipe's layers are chosen first, and part of the key."""
+    cache, launcher = _tools(config, on_line)
+    calibration, base = _calibration(inputs, recipe), recipe.partition("+")[0]
+    mixed = mix(config, base, checkpoint, inputs, on_line) if base == MIXED else None
+    spec = {"checkpoint": str(checkpoint.folder), "recipe": recipe, "inputs": str(inputs), "mix": mixed}
     code = _code("model", "calibration")
     key = cache.key(
-        {"checkpoint": _weights(checkpoint.folder), "recipe": recipe, "set": digest(calibration), "code": code, "fp": dict(fingerprint())}
+        {
+            "checkpoint": _weights(checkpoint.folder),
+            "recipe": recipe,
+            "mix": mixed,
+            "set": digest(calibration),
+            "code": code,
+            "fp": dict(fingerprint()),
+        }
     )
     return cache.folder("quantised", key, lambda out: _job(launcher, "quantise", out, spec)) / "checkpoint"
+
+
+def _calibration(inputs: Path, recipe: str) -> Path:
+    found = inputs / "calibration.npz"
+    if not found.is_file():
+        raise UserError(f"{inputs} has no calibration.npz, which recipe {recipe} needs; add it, or pin +settings.quant.recipe=none")
+    return found
 
 
 def quantise_all(config: TuneConfig, on_line: Line | None = None) -> dict[str, Path]:

@@ -28,6 +28,7 @@ def space(cores: int) -> Space:
         "quant.recipe": "none",
         "build.precision": "fp32",
         **CONSTANT,
+        "build.attention": "operators",
         "build.profiles": 1,
         "build.level": 3,
         "build.tiling": "none",
@@ -54,6 +55,11 @@ def space(cores: int) -> Space:
                 name="build.precision",
                 options=("fp32", "fp16", "bf16"),
                 why="whatever a recipe leaves in floats; fp16 keeps more digits than bf16 over less range, fp32 is the reference and slowest",
+            ),
+            Choice(
+                name="build.attention",
+                options=("operators", "plugin"),
+                why="plugin is our kernel: scores stay on the chip, masked ones are not computed; but without graphs Python launches it",
             ),
             Int(
                 name="build.level", low=0, high=5, why="higher levels try more tactics; from 3 on a build takes longer than it saves in most networks"

@@ -44,11 +44,17 @@ def replace(model: MTGR) -> None:
         if not model.config.dynamic_mask:
             indices["history_limit"] = causal(indices["history_limit"])
 
-    for block in model.blocks:
-        if type(block.attention) is not HistoryCandidateAttention:
-            raise ValueError(f"the operators are attention of layer=hstu in floats, got {type(block.attention).__name__}; export it inline")
-        block.attention = _Operators(block.attention, indices)
+    for block, attention in zip(model.blocks, _attentions(model), strict=True):
+        block.attention = _Operators(attention, indices)
     model.register_forward_pre_hook(take)
+
+
+def _attentions(model: MTGR) -> list[HistoryCandidateAttention]:
+    found: list[Any] = [block.attention for block in model.blocks]
+    for attention in found:
+        if type(attention) is not HistoryCandidateAttention:
+            raise ValueError(f"the operators are attention of layer=hstu in floats, got {type(attention).__name__}; export it inline")
+    return found
 
 
 class _Operators(nn.Module):
@@ -146,9 +152,9 @@ def _inverse(rows: Tensor, total: int) -> Tensor:
 
 
 def functions(model: MTGR) -> list[onnx.FunctionProto]:
-    """The bodies of both operators for a network in the type of its dense weights; call before `replace`."""
-    first: Any = model.blocks[0]
-    return [_function(first.attention, model.config.d_model, name, model.dtype) for name in INPUTS]
+    """The bodies of both operators for a network in the type of its dense weights; call before `replace`, and refused alike."""
+    first = _attentions(model)[0]
+    return [_function(first, model.config.d_model, name, model.dtype) for name in INPUTS]
 
 
 def _function(attention: HistoryCandidateAttention, width: int, name: str, dtype: torch.dtype) -> onnx.FunctionProto:

@@ -19,7 +19,7 @@ STATE = "modelopt.pt"
 ROUNDINGS = "roundings"
 """In config.json of a quantised checkpoint, and in engine.json's details: how each layer rounds its input."""
 
-LAYERS = ("int8_max", "int8_smoothquant", "int8_sparse", "fp8_max", "fp8_attention", "int4_awq", "nvfp4")
+LAYERS = ("int8_max", "int8_smoothquant", "int8_sparse", "int8_mixed", "fp8_max", "fp8_attention", "int4_awq", "nvfp4")
 TABLES = ("tables_int8", "tables_fp8")
 
 

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 
 EXPERIMENTS: tuple[str, ...] = (
     *("record", "search", "sequential", "gate", "damage", "noise", "attribution", "failures", "faults", "scaling"),
-    *("recipes",),
+    *("recipes", "mixed"),
 )
 """Words after `bench`, each a module of this folder."""
 

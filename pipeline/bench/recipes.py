@@ -28,7 +28,7 @@ from pipeline.records import read_json
 PRECISIONS = ("fp32", "fp16", "bf16")
 ROWS = (
     *PRECISIONS,
-    *("int8_max", "int8_smoothquant", "int8_sparse", "fp8_max", "fp8_attention", "int4_awq", "nvfp4"),
+    *("int8_max", "int8_smoothquant", "int8_sparse", "int8_mixed", "fp8_max", "fp8_attention", "int4_awq", "nvfp4"),
     *("tables_int8", "tables_fp8", "int8_smoothquant+tables_int8"),
 )
 BYTES = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5}

@@ -19,6 +19,9 @@ from tests.factories import SCHEMA, random_request
 
 CONFIG = replace(SIZES["tiny"], d_model=32, layers=2, max_seq_len=128, scaling_seqlen=128, embedding_dim=16)
 
+MIX = ("embedding.event_mlp.0", "blocks.0.merge", "blocks.1.kv", "heads.trunk.0", "heads.towers.engagement.0")
+"""Layers of `int8_mixed`."""
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,7 +51,8 @@ def quantised_by(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     @cache
     def made(recipe: str) -> Quantised:
         folder = tmp_path_factory.mktemp(recipe)
-        return recipe, folder, quantise(base / "checkpoint", recipe, base / "calibration.npz", folder, lambda share, text: None)
+        mix = {"layers": list(MIX)} if recipe.startswith("int8_mixed") else None
+        return recipe, folder, quantise(base / "checkpoint", recipe, base / "calibration.npz", folder, lambda share, text: None, mix)
 
     return made
 
@@ -65,7 +69,7 @@ def calibrated(quantised_by: Callable[[str], Quantised], request: pytest.Fixture
     return quantised_by(request.param)
 
 
-@pytest.fixture(params=["int8_max", "int8_smoothquant", "int8_sparse", "int8_max+tables_int8"])
+@pytest.fixture(params=["int8_max", "int8_smoothquant", "int8_sparse", "int8_mixed", "int8_max+tables_int8"])
 def exported(quantised_by: Callable[[str], Quantised], request: pytest.FixtureRequest) -> Quantised:
     """Those with a graph."""
     return quantised_by(request.param)

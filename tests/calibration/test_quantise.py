@@ -21,7 +21,7 @@ from model.network import MTGR
 from model.rounded import apply
 from pipeline.errors import CheckpointError, InvalidRequest, UserError
 from pipeline.requests import load_requests, save_requests
-from tests.calibration.conftest import CONFIG, Quantised
+from tests.calibration.conftest import CONFIG, MIX, Quantised
 from tests.factories import SCHEMA, random_request
 
 
@@ -76,7 +76,8 @@ def test_what_engines_read_scores_as_the_calibrated_model(calibrated: Quantised,
 def test_restored_bit_for_bit(calibrated: Quantised, base: Path) -> None:
     recipe, folder, _ = calibrated
     requests = load_requests(base / "calibration.npz")
-    again = calibrate(checkpoint.load(base / "checkpoint"), get(recipe), requests, lambda share: None)
+    chosen = replace(get(recipe), layers=MIX) if get(recipe).mixed else get(recipe)
+    again = calibrate(checkpoint.load(base / "checkpoint"), chosen, requests, lambda share: None)
     back = restored(base, folder)
     assert list(again.state_dict()) == list(back.state_dict())
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in again.state_dict().items())
@@ -137,6 +138,20 @@ def test_the_manifest_vouches_for_every_file(quantised: Quantised, base: Path) -
     assert config["recipe"]["requires"] == get(recipe).requires
 
 
+@pytest.mark.parametrize(("node", "layer"), [
+    ("/blocks.1/merge/input_quantizer/QuantizeLinear", "blocks.1.merge"),
+    ("/heads/trunk/trunk.2/input_quantizer/DequantizeLinear", "heads.trunk.2"),
+    ("/heads/engagement/engagement.0/input_quantizer/DequantizeLinear", "heads.towers.engagement.0"),
+    ("/heads/trunk/trunk.0/input_quantizer/DequantizeLinear", ""),
+    ("/heads/input_quantizer/DequantizeLinear", ""),
+    ("/heads/trunk/trunk.2/weight_quantizer/DequantizeLinear", ""),
+    ("Gather_7", ""),
+])  # fmt: skip
+def test_a_node_of_the_graph_belongs_to_one_layer_or_none(node: str, layer: str) -> None:
+    names = [f"{name}.input_quantizer" for name in ("blocks.1.merge", "heads.trunk.2", "heads.towers.engagement.0", "heads.towers.engagement.2")]
+    assert parity._module_of(node, names) == (f"{layer}.input_quantizer" if layer else "")
+
+
 def test_a_wrong_scale_in_the_graph_is_caught(exported: Quantised, base: Path, tmp_path: Path) -> None:
     """Half a percent on one scale: no larger than what a step of rounding does, and still no tie."""
     _, folder, _ = exported
@@ -157,7 +172,7 @@ def test_a_wrong_weight_in_the_graph_is_caught(exported: Quantised, base: Path, 
     weight = next(value for value in graph.graph.initializer if value.name == "heads.trunk.2.weight")
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
     onnx.save(graph, str(tmp_path / "model.onnx"))
-    with pytest.raises(AssertionError, match="must score within"):
+    with pytest.raises(AssertionError, match=r"must score within|round alike but at ties"):  # the latter where a rounding comes after it
         parity.compare(restored(base, folder), tmp_path / "model.onnx", load_requests(base / "calibration.npz"))
 
 
@@ -176,7 +191,7 @@ def test_nan_weights_are_refused(base: Path, tmp_path: Path, recipe: str) -> Non
     with torch.no_grad():
         model.blocks[1].merge.weight[3, 4] = float("nan")
     checkpoint.save(tmp_path / "checkpoint", model)
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.merge\.weight .* has 1 that are not"):
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.merge\.weight has 1 that are not"):
         quantise(tmp_path / "checkpoint", recipe, base / "calibration.npz", tmp_path / "out", silent)
     assert not (tmp_path / "out").exists()
 

@@ -16,10 +16,11 @@ from pipeline.backends.engine import EngineFile
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.quantised import NONE
 from pipeline.backends.session import BatchedSession, policy
-from pipeline.backends.tensorrt import builder, execution, flavour, inspect
+from pipeline.backends.tensorrt import builder, execution, flavour, inspect, plugin
 from pipeline.backends.tensorrt.builder import MIB, Plan
 from pipeline.backends.tensorrt.flavour import Flavour
 from pipeline.backends.tensorrt.inspect import Listing
+from pipeline.backends.tensorrt.plugin import OPERATORS, PLUGIN
 from pipeline.backends.tensorrt.profiles import LONGEST_BUCKET, profiles
 from pipeline.contracts import FeatureSchema, Settings
 from pipeline.errors import ArtifactError, SettingsError
@@ -38,6 +39,7 @@ BUILD: Mapping[str, Knob] = {
     "build.target": Knob(default=builder.DEFAULT, options=(builder.DEFAULT, "SM75", "SM80", "SM86", "SM89", "SM120", "SM121")),
     "build.max_tokens": Knob(default=8192, low=64),
     "build.profiles": Knob(default=1, low=1, high=4),
+    "build.attention": Knob(default=OPERATORS, options=(OPERATORS, PLUGIN)),
     "build.level": Knob(default=3, low=0, high=5),
     "build.tiling": Knob(default="none", options=("none", "fast", "moderate", "full")),
     "build.aux_streams": Knob(default=-1, options=(-1, 0, 1, 2, 4)),
@@ -48,8 +50,8 @@ BUILD: Mapping[str, Knob] = {
     "build.version_compatible": Knob(default=False, options=(True, False)),
     "build.hardware_compatible": Knob(default=False, options=(True, False)),
 }
-"""`precision` is that of everything a recipe leaves in floats; `level` is the builder optimisation level; `profiles` are token buckets, each four
-times the one before; `aux_streams` -1 is TensorRT's choice."""
+"""`attention` is of standard operators, or our kernel; `precision` is that of everything a recipe leaves in floats; `level` is the builder
+optimisation level; `profiles` are token buckets, each four times the one before; `aux_streams` -1 is TensorRT's choice."""
 LOAD: Mapping[str, Knob] = {
     "engine.graphs": Knob(default=True, options=(True, False)),
     "engine.inflight": Knob(default=1, options=(1, 2, 3)),
@@ -75,10 +77,14 @@ class TensorRT:
         """
         settled = settle(self.name, settings, BUILD)
         found = installed()
-        recipe, precision = str(settled["quant.recipe"]), str(settled["build.precision"])
+        recipe, precision, attention = (str(settled[name]) for name in ("quant.recipe", "build.precision", "build.attention"))
+        if attention == PLUGIN and settled["build.refit"]:
+            raise SettingsError(f"build.refit=true takes build.attention={OPERATORS}, got {PLUGIN}; set either")
         from model.export import AXES, Form
 
-        schema, longest = exported(checkpoint, recipe, out / GRAPH, Form(precision=precision))  # type: ignore[arg-type]
+        # With bodies of standard operators, which TensorRT then leaves alone and every other runtime reads.
+        form = Form(precision=precision, attention="function" if attention == PLUGIN else "inline")  # type: ignore[arg-type]
+        schema, longest = exported(checkpoint, recipe, out / GRAPH, form)
         plan = Plan(
             profiles=profiles(int(settled["build.max_tokens"]), int(settled["build.profiles"]), longest),
             **{field: settled[f"build.{field}"] for field in _PLANNED},  # type: ignore[arg-type]
@@ -139,6 +145,7 @@ class TensorRT:
 
 _PLANNED = (
     "target",
+    "attention",
     "level",
     "tiling",
     "aux_streams",
@@ -161,6 +168,8 @@ def opened(folder: Path, built: EngineFile) -> tuple[Flavour, Any]:
             raise ArtifactError(f"{folder / name} is not what was built: expected sha256 {expected}, found {there}; build it again")
     found, compatible = installed(), bool(built.settings["build.version_compatible"])
     _check_place(found, built.details, flavour.capability(), compatible)
+    if built.settings.get("build.attention") == PLUGIN:
+        plugin.registered(found)
     return found, execution.deserialise(found, (folder / ENGINE).read_bytes(), compatible)
 
 
@@ -176,7 +185,12 @@ def exported(checkpoint: Path, recipe: str, path: Path, form: Form) -> tuple[Fea
     from model.export import export_checkpoint
 
     quantised.read(checkpoint, recipe)
-    return export_checkpoint(checkpoint, path, recipe, form)
+    try:
+        return export_checkpoint(checkpoint, path, recipe, form)
+    except ValueError as error:
+        if form.attention == "inline":
+            raise
+        raise SettingsError(f"build.attention={PLUGIN}: {error}; set build.attention={OPERATORS}") from error
 
 
 def installed() -> Flavour:
@@ -201,6 +215,7 @@ def _effective(found: Flavour, loaded: Any, built: Settings) -> Settings:
         "build.profiles": int(loaded.num_optimization_profiles),
         "build.refit": bool(loaded.refittable),
         "build.weight_streaming": bool(built["build.weight_streaming"]) and streamed > 0,
+        "build.attention": PLUGIN if listing.plugins else OPERATORS,
         "build.layers": listing.layers,
         "build.fusions": listing.fusions,
         **{f"build.products.{precision}": count for precision, count in listing.products.items()},

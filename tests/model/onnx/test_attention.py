@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -116,9 +117,10 @@ def test_the_causal_mask_is_in_the_limits_that_the_operator_is_given(tmp_path: P
         assert (node.input[2] == "history_limit") == own
 
 
-def test_another_attention_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["operator", "function"])
+def test_another_attention_is_refused(tmp_path: Path, attention: Literal["operator", "function"]) -> None:
     with pytest.raises(ValueError, match="attention of layer=hstu in floats, got SoftmaxAttention; export it inline"):
-        export_onnx(network(VARIANTS["gated_conv"]), tmp_path / "model.onnx", Form(attention="operator"))
+        export_onnx(network(VARIANTS["gated_conv"]), tmp_path / "model.onnx", Form(attention=attention))
 
 
 def test_export_leaves_the_network_as_it_was(tmp_path: Path) -> None:

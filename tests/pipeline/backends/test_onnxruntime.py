@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime as onnxruntime_package
 import pytest
 import torch
 
@@ -20,6 +24,8 @@ from model.batch import pack
 from model.config import SIZES
 from model.export import join
 from model.network import MTGR
+from model.rounded import apply
+from pipeline.backends import graph, onnxruntime
 from pipeline.backends.graph import optimise
 from pipeline.backends.onnxruntime import BACKEND
 from pipeline.contracts import RankingRequest, Settings
@@ -29,12 +35,14 @@ from tests.factories import SCHEMA, jagged_requests, random_request
 
 CONFIG = replace(SIZES["tiny"], d_model=32, layers=2, max_seq_len=512, scaling_seqlen=128, embedding_dim=16)
 ROOT = Path(__file__).resolve().parents[3]
+MIX = ("embedding.candidate_mlp.2", "blocks.0.uqkv", "blocks.1.uq", "heads.towers.retention.0")
+"""Layers of `int8_mixed`: of four shapes."""
 SERVE: Settings = {"engine.threads": 1, "serve.max_wait_ms": 0.0}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """checkpoint, calibration.npz, and the quantised int8_max and fp8_max beside them."""
+    """checkpoint, calibration.npz, and the quantised int8_max, fp8_max and int8_mixed beside them."""
     folder = tmp_path_factory.mktemp("onnxruntime")
     torch.manual_seed(0)
     model = MTGR(CONFIG, SCHEMA)
@@ -45,8 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     sizes = rng.integers((0, 0, 1), (100, 60, 30), (40, 3)).tolist()
     save_requests(folder / "calibration.npz", [random_request(rng, static=s, realtime=r, candidates=k, user_key=s) for s, r, k in sizes])
-    for recipe in ("int8_max", "fp8_max"):
-        quantise(folder / "checkpoint", recipe, folder / "calibration.npz", folder / recipe, lambda share, text: None)
+    for recipe in ("int8_max", "fp8_max", "int8_mixed"):
+        mix = {"layers": list(MIX)} if recipe == "int8_mixed" else None
+        quantise(folder / "checkpoint", recipe, folder / "calibration.npz", folder / recipe, lambda share, text: None, mix)
     return folder
 
 
@@ -93,6 +102,22 @@ def test_int8_runs_integer_kernels_and_scores_as_the_fake_quantised_model(folder
     assert difference.max() < np.abs(got - exact).max() < 0.1
     assert effective["quant.recipe"] == "int8_max"
     assert effective["build.integer_kernels"] == 5
+
+
+def test_a_mix_has_integer_kernels_for_its_layers_and_no_others(folder: Path, tmp_path: Path) -> None:
+    requests = load_requests(folder / "calibration.npz")
+    engine = built(folder / "int8_mixed", tmp_path / "engine", quant_recipe="int8_mixed")
+    got, effective = scores(engine, requests)
+    assert (effective["quant.recipe"], effective["build.integer_kernels"]) == ("int8_mixed", len(MIX))
+    network = apply(
+        checkpoint.load(folder / "int8_mixed", "int8_mixed"), json.loads((folder / "int8_mixed" / "config.json").read_text())["roundings"]
+    )
+    graph = onnx.load(str(engine / "graph.onnx")).graph
+    integers = [value for value in graph.initializer if value.data_type == onnx.TensorProto.INT8 and len(value.dims) == 2]
+    assert sorted(sorted(value.dims) for value in integers) == sorted(sorted(network.get_submodule(name).weight.shape) for name in MIX)
+    with torch.inference_mode():
+        fake = network(*pack(requests).tensors()).numpy()
+    assert np.median(np.abs(got - fake).max(axis=1)) < 1e-5
 
 
 def test_int8_without_integer_kernels_is_the_settings_fault(folder: Path, tmp_path: Path) -> None:
@@ -165,6 +190,70 @@ def test_a_broken_engine_is_refused(folder: Path, tmp_path: Path) -> None:
         BACKEND.load(engine, SERVE)
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "{}", lambda text: "[]"])
+def test_a_description_cut_short_is_one_line(folder: Path, tmp_path: Path, damage) -> None:
+    engine = built(folder / "checkpoint", tmp_path / "engine")
+    (engine / "engine.json").write_text(damage((engine / "engine.json").read_text()))
+    with pytest.raises(ArtifactError, match=r"engine\.json does not describe an engine of this version \(.*\); build it again$"):
+        BACKEND.load(engine, SERVE)
+
+
+def test_a_graph_for_cuda_is_the_exported_one(folder: Path, tmp_path: Path) -> None:
+    """What is optimised for a CPU has operators that no GPU knows. On the CPU the graph gives the network's scores all the same."""
+    engine = built(folder / "checkpoint", tmp_path / "engine", build_provider="cuda", build_graph_level="extended")
+    assert {node.domain for node in onnx.load(str(engine / "graph.onnx")).graph.node} == {""}
+    assert {path.name for path in engine.iterdir()} == {"graph.onnx", "engine.json"}
+    for_cpu = onnx.load(str(built(folder / "checkpoint", tmp_path / "cpu") / "graph.onnx")).graph
+    assert "com.microsoft" in {node.domain for node in for_cpu.node}
+    description = json.loads((engine / "engine.json").read_text())
+    (engine / "engine.json").write_text(json.dumps(description | {"settings": description["settings"] | {"build.provider": "cpu"}}))
+    requests = edge_cases()
+    got, effective = scores(engine, requests)
+    with torch.inference_mode():
+        expected = checkpoint.load(folder / "checkpoint")(*pack(requests).tensors()).numpy()
+    assert np.abs(got - expected).max() < 1e-5
+    assert effective["build.provider"] == "cpu", "as the session says, not as it was asked"
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime_package.get_available_providers(), reason="it may be had here")
+def test_cuda_that_cannot_be_had_is_the_settings_fault_in_the_runtimes_words(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    engine = built(folder / "checkpoint", tmp_path / "engine", build_provider="cuda")
+    with pytest.raises(
+        SettingsError,
+        match=r"^build\.provider=cuda needs CUDAExecutionProvider, and onnxruntime \S+ took CPUExecutionProvider: .*not in available provider names"
+        r".*; pip uninstall onnxruntime, then pip install onnxruntime-gpu\[cuda,cudnn\], or set build\.provider=cpu$",
+    ) as caught:
+        BACKEND.load(engine, SERVE)
+    assert caught.value.kind == "refused"
+
+
+def test_int8_is_not_for_cuda(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"quant\.recipe=int8_max gives integer kernels on the CPU alone: .*; set build\.provider=cpu, or use"):
+        built(folder / "int8_max", tmp_path / "engine", quant_recipe="int8_max", build_provider="cuda")
+    with pytest.raises(SettingsError, match=r"build\.provider takes one of cpu, cuda, got 'rocm'"):
+        built(folder / "checkpoint", tmp_path / "other", build_provider="rocm")
+
+
+def test_what_a_library_says_on_stderr_is_heard_and_goes_there_all_the_same(capfd: pytest.CaptureFixture[str]) -> None:
+    with graph.heard() as said:
+        os.write(2, b"\x1b[1;31mFailed to load library libcublasLt.so.13\n\x1b[m\n")
+        warnings.warn("no such provider", stacklevel=1)
+    assert [graph.one_line(line) for line in said] == ["no such provider", "Failed to load library libcublasLt.so.13"]
+    assert "libcublasLt.so.13" in capfd.readouterr().err
+    os.write(2, b"later")
+    assert capfd.readouterr().err == "later"
+    assert len(said) == 2
+
+
+def test_building_says_so_where_onnx_is_missing_and_running_needs_none(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "find_spec", lambda name: None if name == "onnx" else name)
+    assert BACKEND.unavailable() is None
+    with pytest.raises(SettingsError, match="a graph is built with onnx, which is not installed"):
+        built(folder / "checkpoint", tmp_path / "engine")
+    monkeypatch.setattr(onnxruntime, "find_spec", lambda name: None)
+    assert BACKEND.unavailable() == "onnxruntime is not installed; pip install onnxruntime"
+
+
 @pytest.mark.parametrize("recipe", ["none", "int8_max"])
 def test_tensors_beside_the_graph_are_served_and_vouched_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
     source = folder / ("checkpoint" if recipe == "none" else recipe)
@@ -191,7 +280,7 @@ def test_a_graph_that_does_not_parse_is_one_message(folder: Path, tmp_path: Path
         manifest = json.loads((engine / "engine.json").read_text())
         manifest["files"]["graph.onnx"] = hashlib.sha256(content).hexdigest()
         (engine / "engine.json").write_text(json.dumps(manifest))
-        with pytest.raises(ArtifactError, match=r"ONNX Runtime [\d.]+ cannot load .*graph\.onnx: \d+ : .*; build it again") as caught:
+        with pytest.raises(ArtifactError, match=r"ONNX Runtime \S+ cannot load .*graph\.onnx, which \S+ made: \d+ : .*; build it again$") as caught:
             BACKEND.load(engine, SERVE)
         assert "\n" not in str(caught.value)
         with pytest.raises(CheckpointError, match=r"ONNX Runtime [\d.]+ cannot read .*graph\.onnx: \d+ : .*; export the checkpoint again"):
