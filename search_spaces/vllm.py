@@ -18,7 +18,7 @@ DEFAULTS: Settings = {
     "engine.max_num_batched_tokens": 8192,
     "engine.enable_prefix_caching": True,
     "engine.async_scheduling": False,
-    "engine.tensor_parallel_size": 1,  # constant: a trial has one GPU
+    "engine.tensor_parallel_size": 1,  # constant: settings are compared on equal hardware
     "engine.processes": 1,
     "serve.queue_limit": SERVE_DEFAULTS["serve.queue_limit"],  # constant: see there
 }
@@ -182,9 +182,9 @@ def _on_gpu(cores: int) -> Space:
         defaults=defaults,
         presets=(
             fast,
-            {**fast, "engine.processes": max(number for number in processes if number < 4)},
-            pages,
-            {**pages, "engine.quantization": "fp8"},
             {**fast, "engine.async_scheduling": True},
+            {**fast, "engine.async_scheduling": True, "engine.processes": max(number for number in processes if number < 4)},
+            pages,
+            {**pages, "engine.async_scheduling": True, "engine.quantization": "fp8"},
         ),
     )

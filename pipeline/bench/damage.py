@@ -91,11 +91,11 @@ def late(samples: Sequence[LabelledRequest]) -> list[RankingRequest]:
 
 
 def scores_of(model: Network, requests: Sequence[RankingRequest]) -> list[Scores]:
-    """[K, heads] of each request, through the engines' own packing."""
+    """[K, heads] of each request, through the engines' own packing, where the model is."""
     from model.precision import read
     from pipeline.backends.pytorch import runner
 
-    run, scores = runner(model, 16, read(model)), list[Scores]()
+    run, scores = runner(model, 16, read(model), str(model.device)), list[Scores]()
     for start in range(0, len(requests), BATCH):
         part = requests[start : start + BATCH]
         flat: Scores = np.asarray(run(part))

@@ -202,6 +202,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _here(folder: Path, name: str, inputs: Path, heads: Sequence[str], margin: float) -> Row:
+    import torch
+
     from model import checkpoint as checkpoints
     from model import rounded
     from model.precision import cast
@@ -219,5 +221,6 @@ def _here(folder: Path, name: str, inputs: Path, heads: Sequence[str], margin: f
         config = json.loads((folder / "config.json").read_text())
         network = rounded.apply(checkpoints.load(folder, name), config["roundings"])
         figures = {**{kind: config["figures"][f"bytes/{kind}"] for kind in ("file", "packed")}, "requires": config["recipe"]["requires"]}
+    network.to("cuda" if torch.cuda.is_available() else "cpu")  # a large one takes hours on a CPU
     row = judge(samples, scores_of(network, [sample.request for sample in samples]), expected, heads, margin, name)
     return {"name": name, **figures, **row, "requests": len(samples), "seconds": time.perf_counter() - began}

@@ -3,8 +3,8 @@
     python reports/h200-vllm/measure.py OUT [--tiny] [engine ...]
 
 An engine is a row of ENGINES: settings by name. Each is started once and asked, in this order: do its scores agree with the plain network, what is its
-peak with nobody cached, how long does a request take alone, what is its peak when 1,920 of 2,048 tokens are found, and what are its latencies at
-a share of that peak in open loop. Users ask again with other candidates; histories are whole blocks. Weights and data are random; the tables are small.
+peak with nobody cached, how long does a request take alone, what is its peak when 1,920 of 2,048 tokens are found, and which rate in open loop
+keeps 99 % of the latencies within LIMIT_MS (`pipeline.capacity`). Users ask again with other candidates; histories are whole blocks. Weights and data are random; the tables are small.
 `--tiny` runs the same on a CPU, for the sake of the script.
 """
 
@@ -31,7 +31,7 @@ from model import checkpoint  # noqa: E402
 from model.batch import pack  # noqa: E402
 from model.config import SIZES  # noqa: E402
 from model.network import MTGR  # noqa: E402
-from pipeline import measure  # noqa: E402
+from pipeline import capacity, measure  # noqa: E402
 from pipeline.backends.vllm.backend import BACKEND  # noqa: E402
 from pipeline.contracts import RankingRequest, Session  # noqa: E402
 from reports import traffic  # noqa: E402
@@ -53,24 +53,33 @@ class Scale:
     warm_s: float = 2.0
     alone: int = 150
     open_s: float = 3.0
-    shares: tuple[float, ...] = (0.8, 0.6)
-    """Of the warm peak, offered one after the other until a sender kept time."""
+    probes: int = 8
+    """Most windows in open loop."""
 
+
+LIMIT_MS, LATE_MS = 20.0, 10.0
+"""The goal for p99, and how late the sender may be at its p99 in a window that counts."""
+FIRST = 0.5
+"""Share of the warm peak that is offered first."""
 
 scale = Scale()
-TINY = Scale("tiny", 256, 32, 16, (4, 8), 0.5, 0.5, 20, 1.0, (0.5,))
+TINY = Scale("tiny", 256, 32, 16, (4, 8), 0.5, 0.5, 20, 1.0, 3)
 
 COMMON: Row = {"build.precision": "bf16", "engine.max_num_seqs": 64, "engine.block_size": 128}
 GRAPHS: Row = {"engine.max_num_batched_tokens": 32768, "engine.cudagraph_capture_tokens": 8192}
+ASYNC: Row = {"engine.async_scheduling": True}
+FP8: Row = {"engine.kv_cache_dtype": "fp8", "engine.quantization": "fp8"}
 POOL: Row = {"engine.kv_cache_memory_mib": 16384}
 ENGINES: dict[str, Row] = {
     "defaults": {"build.precision": "bf16"},
     "tuned": {**COMMON, **GRAPHS},
-    "async": {**COMMON, **GRAPHS, "engine.async_scheduling": True},
+    "async": {**COMMON, **GRAPHS, **ASYNC},
     "fp8 pages": {**COMMON, **GRAPHS, "engine.kv_cache_dtype": "fp8"},
-    "2 processes": {**COMMON, **GRAPHS, "engine.processes": 2},
-    "3 processes": {**COMMON, **GRAPHS, "engine.processes": 3},
-    "fp8": {**COMMON, **GRAPHS, "engine.kv_cache_dtype": "fp8", "engine.quantization": "fp8"},
+    "2 processes": {**COMMON, **GRAPHS, **ASYNC, "engine.processes": 2},
+    "3 processes": {**COMMON, **GRAPHS, **ASYNC, "engine.processes": 3},
+    "4 processes": {**COMMON, **GRAPHS, **ASYNC, "engine.processes": 4},
+    "4 processes, fp8": {**COMMON, **GRAPHS, **ASYNC, **FP8, "engine.processes": 4},
+    "fp8": {**COMMON, **GRAPHS, **ASYNC, **FP8},
     "small pool": {**COMMON, **GRAPHS, **POOL},
     "host tier": {**COMMON, **GRAPHS, **POOL, "engine.host_cache_gib": 48.0},
 }
@@ -108,12 +117,12 @@ def alone(session: Session, requests: Sequence[RankingRequest], count: int) -> R
     return {"p50_ms": float(np.percentile(times, 50)), "p99_ms": float(np.percentile(times, 99))}
 
 
-def played(session: Session, requests: Sequence[RankingRequest], rate: float, seconds: float) -> Row:
-    """Open loop."""
+def played(session: Session, requests: Sequence[RankingRequest], rate: float, seconds: float) -> tuple[np.ndarray, Row]:
+    """Open loop: its latencies in ms, and what is told of them."""
     arrivals = np.cumsum(np.random.default_rng(3).exponential(1 / rate, int(seconds * rate)))
     window = measure.open_loop(session, [replace(requests[i % len(requests)], arrival_s=float(at)) for i, at in enumerate(arrivals)])
     row = {f"p{p}_ms": float(np.percentile(window.latency_ms, p)) for p in (50, 99)}
-    return {"rate_rps": rate, "requests": len(arrivals), **row, "late_p99_ms": float(np.percentile(window.late_ms, 99))}
+    return window.latency_ms, {"rate_rps": rate, "requests": len(arrivals), **row, "late_p99_ms": float(np.percentile(window.late_ms, 99))}
 
 
 def asked(session: Session, wanted: Sequence[np.ndarray], row: Row) -> None:
@@ -141,11 +150,18 @@ def asked(session: Session, wanted: Sequence[np.ndarray], row: Row) -> None:
     say(row)
     peak = max(found["rps"] for found in row["warm"])
     row["open"] = []
-    for share in scale.shares:
+
+    def probe(rate: float) -> np.ndarray | None:
         try:
-            row["open"].append(played(session, second, share * peak, scale.open_s))
+            latency_ms, found = played(session, second, rate, scale.open_s)
         except Exception as error:  # overload is an answer
-            row["open"].append({"rate_rps": share * peak, "error": str(error)[:200]})
+            row["open"].append({"rate_rps": rate, "error": str(error)[:200]})
+            return None
+        row["open"].append(found)
+        return latency_ms if found["late_p99_ms"] <= LATE_MS else None
+
+    held = capacity.search(probe, FIRST * peak, LIMIT_MS, probes=scale.probes)
+    row["held"] = {"rate_rps": held.rate_rps, "low": held.low, "high": held.high, "limit_ms": LIMIT_MS}
     say(row)
 
 

@@ -35,6 +35,12 @@ def goal(value: float, wanted: float, *, less: bool = False) -> str:
     return "met" if share >= 1 else f"missed by {100 * (1 - share):.0f} %"
 
 
+def held_rate(row: Row) -> str:
+    """The capacity that the windows in open loop tell, with its 95 % interval."""
+    found = row.get("held")
+    return f"{found['rate_rps']:,.0f} ({found['low']:,.0f} to {found['high']:,.0f})" if found else "not searched for"
+
+
 def opened(found: Row) -> str:
     """One open loop."""
     if "error" in found:
@@ -67,7 +73,7 @@ def main() -> None:
         "## Engines",
         table(
             ["engine", "start s", "largest difference, cold / warm", "cold requests/s", "alone cold, ms", "warm peak requests/s", "alone warm, p50 / p99 ms",
-             "warm, open loop: p50 / p99", "pages, tokens"],
+             f"warm, p99 within {WARM_P99_MS:.0f} ms: requests/s", "warm, open loop: p50 / p99", "pages, tokens"],
             [
                 [
                     row["engine"],
@@ -77,6 +83,7 @@ def main() -> None:
                     f"{row['alone_cold']['p50_ms']:.2f}",
                     f"{peak(row):,.0f}",
                     f"{row['alone_warm']['p50_ms']:.2f} / {row['alone_warm']['p99_ms']:.2f}",
+                    held_rate(row),
                     "; ".join(map(opened, row["open"])),
                     f"{row['effective'].get('engine.kv_capacity_tokens', 0):,}",
                 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import queue
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from itertools import count
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +75,18 @@ def divided(settings: Settings, gpu_mib: float, weights_mib: float) -> Settings:
     return {**settings, **shares, "engine.processes": 1, "engine.host_cache_gib": float(settings["engine.host_cache_gib"]) / number}
 
 
+class Flat(NamedTuple):
+    """A request on its way to a member."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    ids: bytes
+    """int32: user, events, candidates, visible."""
+    cross: bytes
+    """float32."""
+    static_count: int
+    user_key: int
+
+
 class Processes:
     """contracts.Session and contracts.Remembering."""
 
@@ -115,7 +129,7 @@ class Processes:
         """Hand one request to its user's engine. Raises InvalidRequest, or RuntimeError once closed; the future fails with Overloaded when full."""
         validate(request, self._schema, self._max_seq_len)
         index, number, future = member_of(request, len(self._members)), next(self._names), Future[Scores]()
-        message = _packed(number, "score", request)
+        message = _packed(number, "score", flattened(request))
         with self._lock:
             if self._closed:
                 raise RuntimeError("this session is closed and takes no more requests; load the engine again")
@@ -180,14 +194,12 @@ class Processes:
     def _read(self) -> None:
         """Answers, until the session has ended."""
         while message := self._inbox.recv():
-            index, number, error, content = pickle.loads(message)
-            if number < 0:
-                _settle(self._ready[index], error, content)
-                continue
+            index, answers = pickle.loads(message)
             with self._lock:
-                future = self._open[index].pop(number, None)
-            if future is not None:
-                _settle(future, error, content)
+                found = [self._ready[index] if number < 0 else self._open[index].pop(number, None) for number, _, _ in answers]
+            for future, (_, error, content) in zip(found, answers, strict=True):
+                if future is not None:
+                    _settle(future, error, content)
 
     def _watch(self, index: int) -> None:
         code = self._members[index].wait()
@@ -234,6 +246,27 @@ def member_of(request: RankingRequest, number: int) -> int:
     return zlib.crc32(request.user_key.to_bytes(8, "little", signed=True) if request.user_key else oldest) % number
 
 
+def flattened(request: RankingRequest) -> Flat:
+    """A validated request as it travels: half the bytes and a third of the time of a pickle of it."""
+    ids = (request.user, request.events, request.candidates, request.visible)
+    joined = np.concatenate([part.reshape(-1) for part in ids], dtype=np.int32, casting="unsafe")
+    shapes = tuple(part.shape for part in (*ids, request.cross))
+    return Flat(shapes, joined.tobytes(), request.cross.astype(np.float32, copy=False).tobytes(), request.static_count, request.user_key)
+
+
+def restored(flat: Flat) -> RankingRequest:
+    """The request again, without its arrival."""
+    ids, at, parts = np.frombuffer(flat.ids, np.int32).astype(np.int64), 0, []
+    for shape in flat.shapes[:4]:
+        parts.append(ids[at : at + prod(shape)].reshape(shape))
+        at += prod(shape)
+    user, events, candidates, visible = parts
+    cross = np.frombuffer(flat.cross, np.float32).reshape(flat.shapes[4])
+    return RankingRequest(
+        user=user, events=events, static_count=flat.static_count, candidates=candidates, cross=cross, visible=visible, user_key=flat.user_key
+    )
+
+
 def _packed(number: int, what: str, content: Any = None) -> bytes:
     return pickle.dumps((number, what, content), pickle.HIGHEST_PROTOCOL)
 
@@ -261,17 +294,27 @@ class _Member:
     def __init__(self, folder: Path, index: int) -> None:
         import zmq
 
-        self._index, self._lock = index, threading.Lock()
+        self._index = index
         self._task: Task = pickle.loads((folder / TASK).read_bytes())
         context = zmq.Context()
         self._inbox, self._outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
         self._inbox.connect(f"ipc://{folder}/{index}")
         self._outbox.connect(f"ipc://{folder}/answers")
         self._waiting: dict[int, Future[Scores]] = {}
+        self._answers: queue.SimpleQueue[tuple[int, AutotuneError | None, Any] | None] = queue.SimpleQueue()
 
     def serve(self) -> None:
         """Load, answer until told to close."""
         threading.Thread(target=_end_with_parent, daemon=True).start()
+        sender = threading.Thread(target=self._send, name="answers")
+        sender.start()
+        try:
+            self._serve()
+        finally:
+            self._answers.put(None)
+            sender.join()
+
+    def _serve(self) -> None:
         try:
             session = importlib.import_module(self._task.module).BACKEND.load(self._task.engine, self._task.settings)
         except BaseException as error:
@@ -281,7 +324,7 @@ class _Member:
         while True:
             number, what, content = pickle.loads(self._inbox.recv())
             if what == "score":
-                self._score(session, number, content)
+                self._score(session, number, restored(content))
             elif what == "cancel":
                 if future := self._waiting.pop(number, None):
                     future.cancel()
@@ -313,13 +356,25 @@ class _Member:
         if error is not None:
             kind = getattr(errors, type(error).__name__, None)
             known = kind(str(error)) if kind else MachineError(f"{type(error).__name__}: {error}")
-        with self._lock:  # results come in the session's own thread
-            self._outbox.send(pickle.dumps((self._index, number, known, content), pickle.HIGHEST_PROTOCOL))
+        self._answers.put((number, known, content))
+
+    def _send(self) -> None:
+        """All answers that there are, in one message: those of a step come at once, and each message costs the session's process a turn."""
+        going = True
+        while going:
+            answers = [self._answers.get()]
+            with suppress(queue.Empty):
+                while True:
+                    answers.append(self._answers.get_nowait())
+            going, answers = None not in answers, [answer for answer in answers if answer is not None]
+            if answers:
+                self._outbox.send(pickle.dumps((self._index, answers), pickle.HIGHEST_PROTOCOL))
 
 
 def _end_with_parent() -> None:
     """The other end of stdin is the session's process, which may have been killed: what is left of it here would hold the GPU."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not by `sys.stdin`, whose lock Python wants to have as it ends
+        pass
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from model.checkpoint import save
 from model.config import SIZES
 from model.oracle import oracle_scores
 from pipeline.backends import registry
-from pipeline.backends.vllm.processes import Processes, Task, divided, member_of
+from pipeline.backends.vllm import processes
+from pipeline.backends.vllm.processes import Processes, Task, divided, flattened, member_of, restored
 from pipeline.contracts import RankingRequest, Settings
 from pipeline.errors import InvalidRequest, MachineError, Overloaded, SettingsError
 from tests.factories import SCHEMA, random_request
@@ -65,6 +67,22 @@ def test_every_request_has_its_own_scores(session: Processes) -> None:
         np.testing.assert_allclose(future.result(60), oracle_scores(model, request), atol=2e-6)
     assert session.counters()["requests"] == 40
     assert session.effective["engine.processes"] == 2
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16])
+def test_a_request_travels_whole(kind: type) -> None:
+    request = users(1)[0]
+    strided = np.repeat(request.events, 2, axis=1)[:, ::2]  # of no memory of its own
+    cross = request.cross.astype(np.float64)
+    sent = replace(request, user=request.user.astype(kind), events=strided, static_count=7, cross=cross)
+    found = restored(pickle.loads(pickle.dumps(flattened(sent))))
+    for name in ("user", "events", "candidates", "cross", "visible"):
+        part = getattr(found, name)
+        np.testing.assert_array_equal(part, getattr(sent, name))
+        assert part.dtype == (np.float32 if name == "cross" else np.int64)
+    assert (found.static_count, found.user_key) == (7, request.user_key)
+    empty = restored(flattened(replace(request, events=request.events[:0], static_count=0)))
+    assert empty.events.shape == (0, request.events.shape[1])
 
 
 def test_users_are_divided_and_stay_where_they_are() -> None:
@@ -128,7 +146,7 @@ def test_a_killed_member_takes_its_own_users_only(task: Task) -> None:
         session.close()
 
 
-def test_nothing_is_left(task: Task) -> None:
+def test_nothing_is_left(task: Task, capfd: pytest.CaptureFixture[str]) -> None:
     session = opened(task)
     members = [psutil.Process(member.pid) for member in session._members]
     folder = Path(session._folder.name)
@@ -138,6 +156,17 @@ def test_nothing_is_left(task: Task) -> None:
     assert all(future.done() and not future.exception() for future in futures)
     assert not any(member.is_running() for member in members)
     assert not folder.exists()
+    assert capfd.readouterr().err == ""  # Python calls it fatal where a thread holds what it wants to close
+
+
+def test_answers_that_come_together_are_one_message(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, read = opened(task), processes.pickle.loads
+    messages: list[int] = []
+    monkeypatch.setattr(processes.pickle, "loads", lambda message: messages.append(len(read(message)[1])) or read(message))  # type: ignore[func-returns-value]
+    futures = [session.submit(request) for request in users(200)]
+    session.close()
+    assert sum(messages) == len(futures) + 2  # and of each member that it has closed
+    assert len(messages) < len(futures) / 2
 
 
 def test_members_end_with_a_session_that_was_killed(task: Task, tmp_path: Path) -> None:
