@@ -69,8 +69,8 @@ def quantize(arguments: Sequence[str]) -> int:
     config, _ = compose(arguments, "quantize")
     with _view("quantisation") as view, view.stage("quantisation"):
         made = stages.quantise_all(config, view.line)
-    for recipe, folder in made.items():
-        print(f"{recipe}: {folder}")
+    for recipe, found in made.items():
+        print(f"{recipe}: {found}")
     return 0
 
 

@@ -20,7 +20,7 @@ from pipeline.cache import Cache, digest
 from pipeline.config import TuneConfig
 from pipeline.contracts import Settings
 from pipeline.environment import fingerprint
-from pipeline.errors import CheckpointError, MachineError, UserError
+from pipeline.errors import CheckpointError, MachineError, SettingsError, UserError
 from pipeline.launcher import Line, LocalLauncher
 from pipeline.records import Order, read_json
 from pipeline.runner import run_child, tail
@@ -162,13 +162,19 @@ def _calibration(inputs: Path, recipe: str) -> Path:
     return found
 
 
-def quantise_all(config: TuneConfig, on_line: Line | None = None) -> dict[str, Path]:
-    """All recipes that the configured search could choose: recipe -> checkpoint."""
+def quantise_all(config: TuneConfig, on_line: Line | None = None) -> dict[str, Path | str]:
+    """All recipes that the configured search could choose: recipe -> checkpoint, or why this machine has none of it."""
     prepared = None if config.inputs and config.checkpoint else prepare(config, on_line)
     checkpoint = train(config, prepared, on_line)
     inputs = requests(config, prepared, checkpoint, on_line)
     chosen = recipes(spaces(config, tuple(config.backends)))
-    return {recipe: quantise(config, recipe, checkpoint, inputs, on_line) for recipe in chosen}
+    made: dict[str, Path | str] = {}
+    for recipe in chosen:
+        try:
+            made[recipe] = quantise(config, recipe, checkpoint, inputs, on_line)
+        except SettingsError as error:  # a mix, where no layer is faster; a search leaves it out
+            made[recipe] = f"left out: {error}"
+    return made
 
 
 def spaces(config: TuneConfig, engines: tuple[str, ...]) -> dict[str, Space]:

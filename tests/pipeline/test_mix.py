@@ -16,6 +16,7 @@ from model.config import ModelConfig
 from pipeline import jobs, stages
 from pipeline.config import TuneConfig, compose
 from pipeline.environment import fingerprint
+from pipeline.errors import SettingsError
 from pipeline.launcher import LocalLauncher
 from pipeline.records import read_json, write_json
 from pipeline.requests import save_requests
@@ -105,5 +106,20 @@ def test_other_layers_or_another_table_are_another_key(folder: Path, tmp_path: P
     assert ran[-1] == ("quantise", None)
 
 
-def settings(folder: Path) -> TuneConfig:
-    return compose([f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}", "tracking=none"], "quantize")[0]
+def settings(folder: Path, *given: str) -> TuneConfig:
+    return compose([f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}", "tracking=none", *given], "quantize")[0]
+
+
+def test_a_machine_without_a_faster_layer_goes_without_a_mix(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(_: LocalLauncher, name: str, out: Path, spec: Mapping[str, Any]) -> None:
+        if name == "mix":
+            raise SettingsError("int8_mixed needs a layer that is faster")
+        write_json(out / "made.json", {})
+
+    monkeypatch.setattr(stages, "_job", job)
+    (folder / "inputs" / stages.REFERENCE).touch()
+    given = [f"checkpoint={folder / 'checkpoint'}", f"inputs={folder / 'inputs'}", "backend=onnxruntime"]
+    made = stages.quantise_all(settings(tmp_path, *given))
+    assert made.pop("int8_mixed") == "left out: int8_mixed needs a layer that is faster"
+    assert {"int8_max", "int8_smoothquant", "tables_int8"} <= set(made)
+    assert all(isinstance(found, Path) for found in made.values())
