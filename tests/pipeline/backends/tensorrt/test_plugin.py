@@ -194,6 +194,7 @@ def test_why_the_plugin_is_not_one_that_needs_no_python_to_run(found: Flavour, t
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("width", [16, 64, 128])
 def test_the_machine_code_launched_by_the_driver_agrees_with_the_module(dtype: str, width: int) -> None:
