@@ -261,7 +261,7 @@ def report(results: dict[str, Any]) -> str:
             "",
             f"onnx {onnx.__version__}, torch {torch.__version__}, {results['cpu']}, by `python reports/onnx/measure.py reports/onnx`. Weights are random. Seconds "
             "were taken on a machine with much other work and include reading the whole checkpoint to check its hash; peak memory is that of the exporting "
-            "process, of which Python and torch are about 500 MiB. The checker is `onnx.checker.check_model` by path with `full_check`, shape inference "
+            "process, of which Python and its libraries are about 400 MiB. The checker is `onnx.checker.check_model` by path with `full_check`, shape inference "
             "`infer_shapes_path` with `strict_mode` and `data_prop`. Differences are the largest of any score, on jagged requests of lengths other than "
             "those traced, in ONNX Runtime on a CPU without its optimiser, against torch's network in the same precision; it has no kernels for bf16, whose "
             "graphs tests run in the standard's own evaluator, nor for operators without bodies.",

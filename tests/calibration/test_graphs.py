@@ -95,6 +95,21 @@ def test_a_wrong_scale_is_caught(recipe: str, wrong: str, quantised_by: Callable
         parity.compare(served(folder, recipe), tmp_path / "model.onnx", load_requests(base / "calibration.npz"))
 
 
+def test_rounding_that_is_off_by_a_fifth_of_a_step_is_caught(quantised_by: Callable[[str], Quantised], base: Path, tmp_path: Path) -> None:
+    """Every value then falls to one of its two neighbours, and a fifth of them to the wrong one."""
+    recipe, folder, _ = quantised_by("int8_max")
+    export_checkpoint(folder, tmp_path / "model.onnx", recipe)
+    graph = onnx.load(str(tmp_path / "model.onnx"))
+    place, rounds = next((place, node) for place, node in enumerate(graph.graph.node) if node.name == "blocks.0.merge.round/QuantizeLinear_1")
+    scale = next(onnx.numpy_helper.to_array(tensor) for tensor in graph.graph.initializer if tensor.name == rounds.input[1])
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.2) * scale, "shift"))
+    graph.graph.node.insert(place, onnx.helper.make_node("Add", [rounds.input[0], "shift"], ["shifted"]))
+    rounds.input[0] = "shifted"
+    onnx.save(graph, str(tmp_path / "model.onnx"))
+    with pytest.raises(AssertionError, match=r"round alike but at ties, and blocks\.0\.merge\.round is"):
+        parity.compare(served(folder, recipe), tmp_path / "model.onnx", load_requests(base / "calibration.npz"))
+
+
 @pytest.mark.parametrize("recipe", ["fp8_max", "int4_awq"])
 def test_a_wrong_byte_of_a_weight_is_caught(recipe: str, quantised_by: Callable[[str], Quantised], base: Path, tmp_path: Path) -> None:
     _, folder, _ = quantised_by(recipe)

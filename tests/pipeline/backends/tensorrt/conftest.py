@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.save(folder / "checkpoint", model)
     export_onnx(model, folder / "fp32.onnx")
     rng = np.random.default_rng(0)
-    sizes = rng.integers((0, 0, 1), (100, 60, 30), (20, 3)).tolist()
+    sizes = rng.integers((0, 0, 1), (100, 60, 30), (10, 3)).tolist()
     save_requests(folder / "calibration.npz", [random_request(rng, static=s, realtime=r, candidates=k, user_key=s) for s, r, k in sizes])
     for recipe in RECIPES:
         quantise(folder / "checkpoint", recipe, folder / "calibration.npz", folder / recipe, lambda share, text: None)
