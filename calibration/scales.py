@@ -75,9 +75,7 @@ def compare(model: MTGR, path: Path, found: Mapping[str, Rounding], tables: str,
         raise AssertionError(f"there is a rounding for each quantised layer, and they differ in {', '.join(sorted(set(found) ^ set(layers)))}")
     if wrong := [name for name, tensor in weights.items() if not torch.equal(tensor, kept[name])]:
         raise AssertionError(f"written weights are the model's own, but {', '.join(wrong)} of {path} differ")
-    with torch.device("meta"):
-        plain = MTGR(model.config, model.schema)
-    engine = rounded(empty(plain, tables), weights, found)
+    engine = reread(model, path, found, tables)
     twins: dict[str, nn.Module] = dict(engine.named_modules())
     apart: dict[str, float] = {}
 
@@ -109,10 +107,13 @@ def compare(model: MTGR, path: Path, found: Mapping[str, Rounding], tables: str,
     return {"layer_diff/max": apart[worst], "score_diff/max": difference}
 
 
-def rounded(model: MTGR, weights: Mapping[str, Tensor], found: Mapping[str, Rounding]) -> MTGR:
-    """`model` with these weights and roundings: the network as engines of plain torch have it."""
-    model.load_state_dict(dict(weights), assign=True)
-    return apply(model, {name: rounding.to_dict() for name, rounding in found.items()})
+def reread(model: MTGR, path: Path, found: Mapping[str, Rounding], tables: str) -> MTGR:
+    """The network as engines of plain torch have it: of what was written of `model`, and these roundings."""
+    with torch.device("meta"):
+        plain = MTGR(model.config, model.schema)
+    engine = empty(plain, tables)
+    engine.load_state_dict(load_file(path), assign=True)
+    return apply(engine, {name: rounding.to_dict() for name, rounding in found.items()})
 
 
 def _rounding(quantiser: Any) -> Rounding:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from model import stored
 from model.config import ModelConfig
 from model.embeddings import RowTable
 from model.network import MTGR
@@ -55,10 +56,11 @@ def save(folder: Path, model: MTGR, extra: Mapping[str, Any] | None = None) -> N
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def load(folder: Path, recipe: str = "none") -> MTGR:
+def load(folder: Path, recipe: str = "none", *, tables: bool = True) -> MTGR:
     """The model of a checkpoint, in evaluation mode on the CPU and in the type it was saved in.
 
-    Raises CheckpointError unless it is whole and of that quantisation recipe, 'none' for weights as trained: rounded ones score otherwise.
+    Without `tables`, those are on the meta device, for whoever reads them, and looks for a NaN in them, a piece at a time. Raises CheckpointError
+    unless it is whole, without a NaN, and of that quantisation recipe, 'none' for weights as trained: rounded ones score otherwise.
     """
     verify(folder)
     config, schema = _parse_config(folder)
@@ -68,14 +70,24 @@ def load(folder: Path, recipe: str = "none") -> MTGR:
     with torch.device("meta"):
         model = MTGR(config, schema)
     try:
-        tensors = _tensors(folder / WEIGHTS)
+        tensors = _tensors(folder / WEIGHTS, tables)
         for name, module in model.embedding.features.tables.items():
             if (scale := tensors.get(f"{TABLES}.{name}.scale")) is not None and isinstance(module, torch.nn.Embedding):
                 model.embedding.features.tables[name] = RowTable(tensors[f"{TABLES}.{name}.weight"], scale)
         model.load_state_dict(tensors, assign=True)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} does not hold the model that {CONFIG} describes; train or fetch it again: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_meta:
+            _require_finite(name, tensor, folder)
     return model.eval()
+
+
+def require_finite(folder: Path) -> None:
+    """Raise CheckpointError where a weight is no number or infinite, as `load` does, with one tensor in memory at a time."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            _require_finite(name, file.get_tensor(name), folder)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, FeatureSchema]:
@@ -132,10 +144,19 @@ def _parse_config(folder: Path) -> tuple[ModelConfig, FeatureSchema]:
         raise CheckpointError(f"{folder / CONFIG} does not describe a model of this version ({error}); use the version that wrote it") from error
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def _tensors(path: Path, tables: bool) -> dict[str, torch.Tensor]:
     """Copies in memory of their own: in the file they lie out of line with what matrix products round alike on, and files get replaced."""
+    left = {} if tables else {name: entry for name, entry in stored.tensors(path).items() if name.startswith(TABLES)}
+    empty = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in left.items()}
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return {**empty, **{name: file.get_tensor(name).clone() for name in file.keys() if name not in empty}}  # noqa: SIM118 (no mapping)
+
+
+def _require_finite(name: str, tensor: torch.Tensor, folder: Path) -> None:
+    # A sum finds one without a mask as long as the tensor; bytes hold no such value, or are scaled by a tensor that is looked at.
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"weights must be finite, but {name} has {bad} that are not in {folder}; train it again")
 
 
 def _sha256(path: Path) -> str:

@@ -59,7 +59,7 @@ def layout(
     candidate_number = torch.cumsum((kind == CANDIDATE).long(), dim=0) - 1
     keys = torch.arange(history, device=kind.device)
     if not dynamic:
-        history_limit = torch.where(history_limit > 0, keys + 1, 0)
+        history_limit = causal(history_limit)
     return Layout(
         requests=requests,
         history=history,
@@ -67,8 +67,8 @@ def layout(
         rows=rows,
         unpad=unpad,
         filled=(places < total).to(dtype)[:, None],
-        history_mask=_interval(history_limit, keys, dtype),
-        candidate_mask=_interval(candidate_limit, keys, dtype),
+        history_mask=interval(history_limit, keys, dtype),
+        candidate_mask=interval(candidate_limit, keys, dtype),
         candidate_limit=candidate_limit,
         candidate_rows=candidate_rows,
         # A padded place may land on a history row, whose number is that of an earlier candidate, or -1.
@@ -77,7 +77,12 @@ def layout(
     )
 
 
-def _interval(limit: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+def causal(history_limit: Tensor) -> Tensor:
+    """[B, Hp] limits -> those of a mask in which each history row sees what came before it and itself."""
+    return torch.where(history_limit > 0, torch.arange(history_limit.shape[1], device=history_limit.device) + 1, 0)
+
+
+def interval(limit: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, Q] limits -> [B, 1, Q, keys] mask of [0, limit)."""
     return (keys.int() < limit.int()[:, None, :, None]).to(dtype)  # half the bytes of the largest comparison of a batch
 

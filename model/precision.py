@@ -15,10 +15,11 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def cast(model: MTGR, precision: str) -> MTGR:
     """Turn the weights of `model`, tables included, into 'fp32', 'bf16' or 'fp16', in place; scores come out in float32 all the same."""
+    # Norms are put back as they were: what has been through half precision has lost its last bits.
+    kept = [(parameter, parameter.data) for module in model.modules() if isinstance(module, GroupLayerNorm) for parameter in module.parameters()]
     model.to(TYPES[precision])
-    for module in model.modules():
-        if isinstance(module, GroupLayerNorm):
-            module.float()
+    for parameter, data in kept:
+        parameter.data = data.float()
     return model
 
 

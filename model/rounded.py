@@ -24,6 +24,8 @@ FP8_LARGEST = torch.finfo(FP8).max
 FP4_LARGEST = 6.0
 FP4_BLOCK = 16
 """Values that share a scale in NVFP4."""
+INT4_BLOCK = 32
+"""Weights along a row that share a scale in four bits, where inputs are not rounded."""
 FACTORS = ("q", "k", "v", "p")
 """What the two products of attention multiply; p is silu(q k) under the mask."""
 

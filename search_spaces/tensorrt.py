@@ -1,6 +1,6 @@
 """TensorRT, either flavour: what its builder and its contexts can be told.
 
-Precision is the ONNX file's: fp32, or int8 where a recipe wrote Q/DQ. Constants below have their reasons; a user may pin them.
+Precision is the ONNX file's: its floats, and int8, fp8 or int4 where a recipe wrote Q/DQ. Constants below have their reasons; a user may pin them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def space(cores: int) -> Space:
     """The engine's knobs; `cores` of the host play no part."""
     defaults: Settings = {
         "quant.recipe": "none",
+        "build.precision": "fp32",
         **CONSTANT,
+        "build.attention": "operators",
         "build.profiles": 1,
         "build.level": 3,
         "build.tiling": "none",
@@ -45,8 +47,19 @@ def space(cores: int) -> Space:
         nodes=(
             Choice(
                 name="quant.recipe",
-                options=("none", "int8_max", "int8_smoothquant"),
-                why="int8 products of the layers' projections; attention stays in floats, and small ones are bound by launches and not by products",
+                options=("none", "int8_max", "int8_smoothquant", "fp8_max", "int4_awq"),
+                why="int8 and fp8 products of the layers' projections; int4 weights alone, for small batches, which wait for weights; int8_sparse is "
+                "left out because nothing lists whether its zeros are skipped, fp8_attention because it is no recipe of layer=gated_conv",
+            ),
+            Choice(
+                name="build.precision",
+                options=("fp32", "fp16", "bf16"),
+                why="whatever a recipe leaves in floats; fp16 keeps more digits than bf16 over less range, fp32 is the reference and slowest",
+            ),
+            Choice(
+                name="build.attention",
+                options=("operators", "plugin"),
+                why="plugin is our kernel: scores stay on the chip, masked ones are not computed; but without graphs Python launches it",
             ),
             Int(
                 name="build.level", low=0, high=5, why="higher levels try more tactics; from 3 on a build takes longer than it saves in most networks"
@@ -89,7 +102,9 @@ def space(cores: int) -> Space:
         defaults=defaults,
         presets=(
             {"serve.max_wait_ms": 0.0, "build.profiles": 2},
-            {"quant.recipe": "int8_smoothquant", "serve.max_wait_ms": 0.0, "build.profiles": 2},
-            {"build.level": 5, "build.tiling": "full", "engine.inflight": 2, "serve.max_batch_tokens": 8192},
+            {"build.precision": "fp16", "serve.max_wait_ms": 0.0, "build.profiles": 2},
+            {"quant.recipe": "fp8_max", "build.precision": "fp16", "serve.max_wait_ms": 0.0, "build.profiles": 2},
+            {"quant.recipe": "int8_smoothquant", "build.precision": "fp16", "serve.max_wait_ms": 0.0, "build.profiles": 2},
+            {"build.precision": "fp16", "build.level": 5, "build.tiling": "full", "engine.inflight": 2, "serve.max_batch_tokens": 8192},
         ),
     )

@@ -18,24 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from model.kernels.activation import silu
 from model.kernels.tiles import COLUMNS, HEAD_WIDTHS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@triton.jit
-def _tanh(x):
-    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def silu(x, FAST: tl.constexpr):
-    """x * sigmoid(x), by one hardware tanh (relative error 2^-11, less than bf16's and fp16's own) or exactly."""
-    if FAST:
-        half = 0.5 * x
-        return half * _tanh(half) + half
-    else:
-        return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.attention import _rows, _tanh, check
+from model.kernels.activation import tanh
+from model.kernels.attention import _rows, check
 from model.kernels.tiles import COLUMNS
 
 
@@ -21,7 +22,7 @@ from model.kernels.tiles import COLUMNS
 def _slope(x, FAST: tl.constexpr):
     """(silu(x), its derivative)."""
     if FAST:
-        sigmoid = 0.5 * _tanh(0.5 * x) + 0.5
+        sigmoid = 0.5 * tanh(0.5 * x) + 0.5
     else:
         sigmoid = 1.0 / (1.0 + tl.exp(-x))
     return x * sigmoid, sigmoid + x * sigmoid * (1 - sigmoid)

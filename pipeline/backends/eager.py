@@ -46,14 +46,15 @@ class Eager:
         engine.EngineFile(backend=self.name, settings=settled, schema=model.schema, max_seq_len=model.config.max_seq_len, details=details).write(out)
 
     def load(self, folder: Path, settings: Settings) -> BatchedSession:
-        """Read the weights, every byte checked. Raises SettingsError, ArtifactError or CheckpointError."""
+        """Read the weights, every byte checked. Raises SettingsError or ArtifactError."""
         settled = settle(self.name, settings, LOAD)
         built = engine.read(folder, self.name)
         from model import checkpoint as checkpoints
         from model import precision, rounded
 
         where = device()
-        model = rounded.apply(checkpoints.load(folder / MODEL), built.details.get(quantised.ROUNDINGS, {})).to(where)
+        with engine.weights(folder):
+            model = rounded.apply(checkpoints.load(folder / MODEL), built.details.get(quantised.ROUNDINGS, {})).to(where)
         recipe = str(built.settings["quant.recipe"]) if rounded.holds(model) else quantised.NONE
         pool = Threads(int(settled["engine.threads"]))
 

@@ -7,13 +7,14 @@ the artifact.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.contracts import Feature, FeatureSchema, Settings
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, CheckpointError
 
 NAME = "engine.json"
 
@@ -48,6 +49,15 @@ def read(folder: Path, backend: str) -> EngineFile:
     if engine.backend != backend:
         raise ArtifactError(f"{folder} holds an engine of {engine.backend}, and {backend} cannot load it; name the right backend")
     return engine
+
+
+@contextmanager
+def weights(folder: Path) -> Iterator[None]:
+    """While open, a broken checkpoint within the engine in `folder` is a broken engine: ArtifactError."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ArtifactError(f"the engine in {folder} is not what was built: {str(error).rpartition('; ')[0]}; build it again") from error
 
 
 def schema(fields: Mapping[str, Any]) -> FeatureSchema:

@@ -97,14 +97,16 @@ class Fused:
         engine.EngineFile(backend=self.name, settings=settled, schema=model.schema, max_seq_len=model.config.max_seq_len, details=details).write(out)
 
     def load(self, folder: Path, settings: Settings) -> BatchedSession:
-        """Weights to the GPU, kernels compiled or found, graphs captured. Raises SettingsError, ArtifactError or CheckpointError."""
+        """Weights to the GPU, kernels compiled or found, graphs captured. Raises SettingsError or ArtifactError."""
         settled = settle(self.name, settings, LOAD)
         built = engine.read(folder, self.name)
         from model import checkpoint as checkpoints
         from model.fused import FusedMTGR
 
         precision = str(built.settings["build.precision"])
-        network = FusedMTGR(checkpoints.load(folder / MODEL), precision, built.details.get(SCALES), str(built.settings["build.residual"]))
+        with engine.weights(folder):
+            model = checkpoints.load(folder / MODEL)
+        network = FusedMTGR(model, precision, built.details.get(SCALES), str(built.settings["build.residual"]))
         recipe = str(built.settings["quant.recipe"]) if network.calibrated else NONE
         largest = max(int(settled["serve.max_batch_tokens"]), built.max_seq_len)
         batches = Batches(

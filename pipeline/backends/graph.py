@@ -5,12 +5,22 @@ Works on files; which checkpoint they come from and how they are served is in `o
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.errors import CheckpointError
 
 if TYPE_CHECKING:
     import onnx
@@ -63,16 +73,72 @@ def _quantise_bias(
     return onnx.helper.make_node("DequantizeLinear", names, [node.input[2]], axis=0)
 
 
-def optimise(source: Path, target: Path, level: str) -> dict[str, int]:
-    """Let the runtime optimise a graph and keep it. Returns its operators, counted."""
-    import onnx
+def optimise(source: Path, target: Path, name: str) -> dict[str, int]:
+    """Let the runtime optimise a graph for the CPU, to the level of that name, and keep it. Returns its operators, counted.
+
+    Raises CheckpointError in the runtime's words where it cannot.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}")
+    options.graph_optimization_level = level(name)
     options.optimized_model_filepath = str(target)
     options.intra_op_num_threads = 1
     options.log_severity_level = 3  # it warns that the file suits this machine, which the environment's fingerprint keeps track of
-    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-    counts = Counter(node.op_type for node in onnx.load(str(target), load_external_data=False).graph.node)
-    return dict(sorted(counts.items()))
+    try:
+        onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own, which share no base but this
+        raise CheckpointError(f"ONNX Runtime {onnxruntime.__version__} cannot read {source}: {said(error)}; export the checkpoint again") from error
+    return _operators(target)
+
+
+def keep(source: Path, target: Path, name: str) -> dict[str, int]:
+    """A graph as it is, for a provider whose part of the optimiser runs when it is loaded, to that level. Returns its operators, counted."""
+    shutil.copyfile(source, target)
+    return _operators(target)
+
+
+def level(name: str) -> Any:
+    """The runtime's own value of `basic`, `extended` or `all`."""
+    import onnxruntime
+
+    return getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{name.upper()}")
+
+
+def one_line(text: object) -> str:
+    """The runtime's words as one line, without the colours of a terminal."""
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(text)).split())
+
+
+def said(error: Exception) -> str:
+    """The runtime's words in one line, without what it puts before them."""
+    return one_line(error).rpartition("[ONNXRuntimeError] : ")[2]
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Afterwards, what was warned of and what libraries wrote to stderr meanwhile, a line each; it goes to stderr all the same."""
+    lines: list[str] = []
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as file, warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            os.dup2(file.fileno(), 2)
+            try:
+                yield lines
+            finally:
+                os.dup2(stderr, 2)
+                file.seek(0)
+                written = file.read()
+                os.write(2, written)
+                lines += [str(warning.message) for warning in warned]
+                lines += [line for line in written.decode(errors="replace").splitlines() if one_line(line)]
+    finally:
+        os.close(stderr)
+
+
+def _operators(path: Path) -> dict[str, int]:
+    import onnx
+
+    return dict(sorted(Counter(node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node).items()))

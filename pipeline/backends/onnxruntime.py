@@ -1,8 +1,11 @@
-"""ONNX Runtime on the CPU: the network as one optimised graph, in float32 or with int8 products.
+"""ONNX Runtime: the network as one optimised graph, in float32 or, on the CPU, with int8 products.
 
-Building exports the checkpoint (or takes the graph of a quantised one), lets the runtime optimise it once and keeps the result, so that
-loading imports neither torch nor onnx and optimises nothing. What the runtime made of the graph is counted there, from the very
-file that is served: asking for int8 is one thing, getting integer kernels another.
+Building exports the checkpoint, lets the runtime optimise it once and keeps the result, so that loading imports neither torch nor onnx and optimises
+nothing. Embedding tables join what was optimised: they would be copied at every step, and large ones are mapped from a file of their own. What the
+runtime made of the graph is counted there, from the very file that is served: asking for int8 is one thing, getting integer kernels another.
+
+What is optimised for the CPU holds operators that a GPU has not. So a graph for CUDA (build.provider) stays as exported, and is optimised when it is
+loaded. The runtime falls back to the CPU where CUDA cannot be had, with no error; here that is one.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +24,7 @@ from numpy.typing import NDArray
 
 from model.packing import pack_numpy
 from pipeline.backends import quantised
-from pipeline.backends.graph import integer_bias, optimise
+from pipeline.backends.graph import heard, integer_bias, keep, level, one_line, optimise, said
 from pipeline.backends.knobs import SERVE, Knob, settle, threads
 from pipeline.backends.quantised import NONE
 from pipeline.backends.session import BatchedSession, policy
@@ -30,14 +35,17 @@ if TYPE_CHECKING:
     import onnxruntime
 
 GRAPH, MANIFEST = "graph.onnx", "engine.json"
-CALIBRATED = "model.onnx"
-"""In a quantised checkpoint whose layers are int8. One of tables alone is exported like any other."""
+
+CPU, CUDA = "cpu", "cuda"
+PROVIDERS: Mapping[str, list[str]] = {CPU: ["CPUExecutionProvider"], CUDA: ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+"""In the order they are asked for each operator; the CPU does what no GPU needs to, such as working out shapes."""
 
 INT8 = ("int8_max", "int8_smoothquant", "int8_sparse", "int8_mixed")
 
 BUILD: Mapping[str, Knob] = {
     "quant.recipe": Knob(default=NONE, options=quantised.with_tables(INT8, ("tables_int8",))),
     "build.graph_level": Knob(default="all", options=("basic", "extended", "all")),
+    "build.provider": Knob(default=CPU, options=(CPU, CUDA)),
 }
 LOAD: Mapping[str, Knob] = {
     "engine.threads": threads(),
@@ -59,25 +67,32 @@ class OnnxRuntimeBackend:
 
     def unavailable(self) -> str | None:
         """Why this machine cannot run it; None when it can."""
-        from importlib.util import find_spec
-
-        missing = [package for package in ("onnx", "onnxruntime") if find_spec(package) is None]
-        return f"{' and '.join(missing)} not installed; pip install {' '.join(missing)}" if missing else None
+        return "onnxruntime is not installed; pip install onnxruntime" if find_spec("onnxruntime") is None else None
 
     def build(self, checkpoint: Path, settings: Settings, out: Path) -> None:
         """Optimised graph, then engine.json, in `out`. Raises SettingsError where the recipe is not the checkpoint's, CheckpointError if broken."""
         settled = settle(self.name, settings, BUILD)
         recipe = str(settled["quant.recipe"])
-        draft = out / "draft.onnx"
+        if find_spec("onnx") is None:
+            raise SettingsError("a graph is built with onnx, which is not installed (what is built runs without); pip install onnx")
+        traced, draft, optimised = (out / f"{name}.onnx" for name in ("traced", "draft", "optimised"))
         config = quantised.read(checkpoint, recipe)
-        integers = config is not None and (checkpoint / CALIBRATED).is_file()
-        if config is not None and integers:
-            described = {"schema": config["schema"], "max_seq_len": config["model"]["max_seq_len"]}
-            integer_bias(checkpoint / CALIBRATED, draft)
+        integers = config is not None and any(rounding["number"] == "int8" for rounding in quantised.roundings(config, "fp32").values())
+        if integers and settled["build.provider"] == CUDA:
+            raise SettingsError(
+                f"quant.recipe={recipe} gives integer kernels on the CPU alone: CUDA's provider would compute its Q/DQ in float; set "
+                "build.provider=cpu, or use engine tensorrt"
+            )
+        described = _export(checkpoint, recipe, traced)
+        if integers:
+            integer_bias(traced, draft)
         else:
-            described = _export(checkpoint, recipe, draft)
-        operators = optimise(draft, out / GRAPH, str(settled["build.graph_level"]))
-        draft.unlink()
+            traced.rename(draft)
+        make = keep if settled["build.provider"] == CUDA else optimise
+        operators = make(draft, optimised, str(settled["build.graph_level"]))
+        _join(optimised, checkpoint, out / GRAPH)
+        for made in (traced, draft, optimised):
+            made.unlink(missing_ok=True)
         integer = sum(operators.get(name, 0) for name in INTEGER_KERNELS)
         if integers and not integer:
             raise SettingsError(
@@ -87,24 +102,19 @@ class OnnxRuntimeBackend:
         manifest = {
             **described,
             "settings": settled,
+            "onnxruntime": _version(),
             "operators": operators,
             "integer_kernels": integer,
             "byte_tables": _byte_tables(out / GRAPH),
-            "files": {GRAPH: _sha256(out / GRAPH)},
+            "files": {file.name: _sha256(file) for file in sorted(out.glob(f"{GRAPH}*"))},
         }
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
     def load(self, engine: Path, settings: Settings) -> BatchedSession:
-        """Open a built graph. Raises SettingsError, or ArtifactError where the folder is not whole."""
-        import onnxruntime
-
+        """Open a built graph. Raises SettingsError, also where CUDA cannot be had, or ArtifactError where the folder is broken."""
         settled = settle(self.name, settings, LOAD)
         manifest = _read_manifest(engine)
-        session = onnxruntime.InferenceSession(
-            str(engine / GRAPH),
-            session_options(int(settled["engine.threads"]), bool(settled["engine.arena"]), bool(settled["engine.spinning"])),
-            providers=["CPUExecutionProvider"],
-        )
+        session = open_graph(engine / GRAPH, manifest, settled)
         taken = frozenset(value.name for value in session.get_inputs())
         multiple = policy(settled).multiple
 
@@ -137,6 +147,7 @@ def _effective(session: onnxruntime.InferenceSession, manifest: Mapping[str, Any
     return {
         "quant.recipe": _held(str(manifest["settings"]["quant.recipe"]), integer, int(manifest["byte_tables"])),
         "build.graph_level": str(manifest["settings"]["build.graph_level"]),
+        "build.provider": next(name for name, asked in PROVIDERS.items() if asked[0] == session.get_providers()[0]),
         "build.integer_kernels": integer,
         "build.operators": sum(manifest["operators"].values()),
         "engine.threads": int(options.intra_op_num_threads),
@@ -155,10 +166,45 @@ def _byte_tables(graph: Path) -> int:
     """Embedding tables that the file keeps in one byte a value."""
     import onnx
 
-    return sum(".tables." in v.name and v.data_type == onnx.TensorProto.INT8 for v in onnx.load(str(graph)).graph.initializer)
+    model = onnx.load(str(graph), load_external_data=False)
+    return sum(".tables." in v.name and v.data_type == onnx.TensorProto.INT8 for v in model.graph.initializer)
 
 
-def session_options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.SessionOptions:
+def open_graph(graph: Path, manifest: Mapping[str, Any], settled: Settings) -> onnxruntime.InferenceSession:
+    """A session on the provider that the graph was built for. Raises SettingsError where the runtime took another, in its own words."""
+    import onnxruntime
+
+    provider = str(manifest["settings"].get("build.provider", CPU))
+    options = _options(int(settled["engine.threads"]), bool(settled["engine.arena"]), bool(settled["engine.spinning"]))
+    if provider == CUDA:
+        options.graph_optimization_level = level(str(manifest["settings"]["build.graph_level"]))
+    listening: AbstractContextManager[list[str]] = heard() if provider == CUDA else nullcontext([])
+    with listening as told:
+        if provider == CUDA:
+            onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them lie where no loader looks
+        try:
+            session = onnxruntime.InferenceSession(str(graph), options, providers=PROVIDERS[provider])
+        except Exception as error:  # whatever it is, this file does not open here
+            raise ArtifactError(
+                f"ONNX Runtime {_version()} cannot load {graph}, which {manifest.get('onnxruntime', 'another version')} made: "
+                f"{said(error)}; build it again"
+            ) from error
+    if session.get_providers()[0] != PROVIDERS[provider][0]:
+        raise SettingsError(
+            f"build.provider={provider} needs {PROVIDERS[provider][0]}, and onnxruntime {_version()} took {session.get_providers()[0]}: "
+            f"{one_line(' / '.join(told[-2:])) or 'it gave no reason'}; pip uninstall onnxruntime, then "
+            f"pip install onnxruntime-gpu[cuda,cudnn], or set build.provider={CPU}"
+        )
+    return session
+
+
+def _version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def _options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.SessionOptions:
     """For serving: the graph is optimised already, and one batch runs at a time."""
     import onnxruntime
 
@@ -174,23 +220,32 @@ def session_options(intra_threads: int, arena: bool, spinning: bool) -> onnxrunt
 
 
 def _export(checkpoint: Path, recipe: str, path: Path) -> dict[str, Any]:
-    """The float32 graph of a trained checkpoint, or of one whose tables alone are quantised."""
-    from model import checkpoint as checkpoints
-    from model.export import export_onnx
+    """The float32 graph of a checkpoint, with Q/DQ where it is quantised, without the rows of its tables."""
+    from model.export import export_checkpoint
 
-    model = checkpoints.load(checkpoint, recipe)
-    export_onnx(model.float(), path)
-    return {"schema": asdict(model.schema), "max_seq_len": model.config.max_seq_len}
+    schema, longest = export_checkpoint(checkpoint, path, recipe, rows=False)
+    return {"schema": asdict(schema), "max_seq_len": longest}
+
+
+def _join(graph: Path, checkpoint: Path, path: Path) -> None:
+    from model.export import join
+
+    join(graph, checkpoint, path)
 
 
 def _read_manifest(engine: Path) -> dict[str, Any]:
     path = engine / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"a built engine ends with {MANIFEST}, but {engine} has none: it is incomplete; build it again")
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    found, expected = _sha256(engine / GRAPH) if (engine / GRAPH).is_file() else "no such file", manifest["files"][GRAPH]
-    if found != expected:
-        raise ArtifactError(f"{engine / GRAPH} is not what was built: expected sha256 {expected}, found {found}; build it again")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        files = dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} does not describe an engine of this version ({error}); build it again") from error
+    for name, expected in files.items():
+        found = _sha256(engine / name) if (engine / name).is_file() else "no such file"
+        if found != expected:
+            raise ArtifactError(f"{engine / name} is not what was built: expected sha256 {expected}, found {found}; build it again")
     return manifest
 
 

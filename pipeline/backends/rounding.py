@@ -39,6 +39,8 @@ def round_batch(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[
         "cross": _extend(arrays["cross"], more_candidates, 0),
         "token_source": _extend(np.where(source >= first_candidate, source + more_events, source), more_tokens, 0),
         "kind": _extend(arrays["kind"], more_tokens, USER),
+        # A padded place names row T: what was T is now a row like any other.
+        **{name: np.where(arrays[name] == tokens, tokens + more_tokens, arrays[name]) for name in ("history_index", "candidate_index")},
         "unpad": _extend(arrays["unpad"], more_tokens, 0),
         # An added candidate repeats the first one: its row must be a candidate's.
         "candidate_rows": _extend(arrays["candidate_rows"], more_candidates, int(arrays["candidate_rows"][0])),

@@ -36,7 +36,7 @@ def decode(payload: object, schema: FeatureSchema, chunk: int = 0) -> RankingReq
     candidates = _table("candidates", payload.get("candidates", []), [f.name for f in schema.candidate])
     cross = _table("cross", payload.get("cross", []), list(schema.cross))
     n, k = _length(events), _length(candidates)
-    static = _static_count(payload.get("static_count"), n, chunk)
+    static = static_count(payload.get("static_count"), n, chunk)
     # Checked here because `visible` below depends on it; `validate` would be too late.
     if not 0 <= static <= n:
         raise InvalidRequest(f"static_count must be between 0 and the number of events {n}, got {static}")
@@ -133,7 +133,8 @@ def _numbers(columns: Mapping[str, Column], rows: int) -> NDArray[np.float32]:
     return np.array(list(columns.values()), np.float32).reshape(len(columns), rows).T.copy()
 
 
-def _static_count(value: object, events: int, chunk: int) -> int:
+def static_count(value: object, events: int, chunk: int) -> int:
+    """How many of the oldest events are long-term history: as the caller says, or by the chunk. Raises InvalidRequest."""
     if value is None:
         if chunk:
             return events - events % chunk

@@ -15,7 +15,7 @@ from pipeline import artifact
 from pipeline.artifact import Manifest
 from pipeline.backends import registry, tolerance
 from pipeline.backends.knobs import LOAD_STAGES, stage
-from pipeline.contracts import HEADS, Feature, FeatureSchema, Session
+from pipeline.contracts import HEADS, Feature, FeatureSchema, Session, Settings
 from pipeline.errors import ArtifactError, AutotuneError, SettingsError
 from pipeline.records import read_json
 from pipeline.requests import load_requests
@@ -36,8 +36,11 @@ class Opened:
     """What differs from the machine and the settings it was measured with, a line each: the figures may not hold here."""
 
 
-def open_session(path: Path) -> Opened:
-    """Verify, load, replay. Raises ArtifactError saying what is wrong and what differs on this machine; the caller closes the session."""
+def open_session(path: Path, changes: Settings | None = None) -> Opened:
+    """Verify, load, replay. Raises ArtifactError saying what is wrong and what differs on this machine; the caller closes the session.
+
+    `changes` to the engine.* and serve.* settings are noted like any other difference.
+    """
     manifest = artifact.verify(path)
     notes = artifact.differences(manifest)
     backend = registry.get(manifest.backend)
@@ -45,7 +48,7 @@ def open_session(path: Path) -> Opened:
     if missing:
         raise ArtifactError(f"{path} needs engine {manifest.backend}, which this machine cannot run: {missing}")
     try:
-        session = backend.load(path / "engine", stage(manifest.settings, LOAD_STAGES))
+        session = backend.load(path / "engine", stage({**manifest.settings, **(changes or {})}, LOAD_STAGES))
     except SettingsError as error:
         raise ArtifactError(f"{path} cannot be opened with its settings here: {error}{_and(notes)}") from error
     try:

@@ -130,7 +130,7 @@ def test_the_manifest_vouches_for_every_file(quantised: Quantised, base: Path) -
     assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in hashes.items())
     config = json.loads((folder / "config.json").read_text())
     assert config["recipe"]["name"] == recipe
-    graph = {"model.onnx"} if recipe.startswith("int8") else set()
+    graph = {"model.onnx"} if recipe.startswith(("int8", "fp8", "int4")) and "tables_fp8" not in recipe else set()
     state = set() if recipe == "nvfp4" or recipe.startswith("tables") else {"modelopt.pt"}
     assert set(hashes) == {"config.json", "model.safetensors", *graph, *state}
     assert config["base"] == checkpoint.digest(base / "checkpoint")
@@ -191,7 +191,7 @@ def test_nan_weights_are_refused(base: Path, tmp_path: Path, recipe: str) -> Non
     with torch.no_grad():
         model.blocks[1].merge.weight[3, 4] = float("nan")
     checkpoint.save(tmp_path / "checkpoint", model)
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.merge\.weight .* has 1 that are not"):
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.merge\.weight has 1 that are not"):
         quantise(tmp_path / "checkpoint", recipe, base / "calibration.npz", tmp_path / "out", silent)
     assert not (tmp_path / "out").exists()
 

@@ -5,6 +5,7 @@ Each is built once; widths are small and the length limit is that of a real mode
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from model.oracle import oracle_scores
 from pipeline.backends import fake, registry, tolerance
 from pipeline.backends.knobs import BUILD_STAGES, LOAD_STAGES, cores, stage
 from pipeline.contracts import HEADS, Backend, RankingRequest, Session, Settings
-from pipeline.errors import ArtifactError, InvalidRequest, Overloaded, SettingsError
+from pipeline.errors import ArtifactError, CheckpointError, InvalidRequest, Overloaded, SettingsError
 from pipeline.requests import save_requests
 from pipeline.trial import ignored
 from tests.factories import jagged_requests, random_request
@@ -54,6 +55,8 @@ CASES: tuple[tuple[str, Settings], ...] = (
     ("onnxruntime", {"quant.recipe": "none", "build.graph_level": "all"}),
     ("tensorrt", {}),
     ("tensorrt", {"quant.recipe": "int8_max", "build.profiles": 2, "engine.inflight": 2}),
+    ("tensorrt", {"quant.recipe": "fp8_max", "build.precision": "fp16"}),
+    ("tensorrt", {"build.precision": "bf16"}),
     ("onnxruntime", {"quant.recipe": "tables_int8", "build.graph_level": "all"}),
     ("vllm", {"build.precision": "fp32", "engine.enforce_eager": True, "engine.kv_cache_memory_mib": 64}),
 )
@@ -326,3 +329,32 @@ def test_a_running_batch_leaves_the_interpreter_to_others(case: Case, session) -
 def test_a_folder_without_a_finished_engine_is_refused(case: Case, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="build it again"):
         case.backend.load(tmp_path, {})
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"", None], ids=["half", "empty", "missing"])
+def test_a_truncated_engine_is_one_line_whichever_file_it_is(case: Case, tmp_path: Path, damage: Callable[[bytes], bytes] | None) -> None:
+    whole = shutil.copytree(case.engine, tmp_path / "engine")
+    for path in sorted(path for path in whole.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        path.unlink()
+        if damage:
+            path.write_bytes(damage(content))
+        with pytest.raises(ArtifactError, match="build it again") as caught:
+            case.backend.load(whole, case.own({"engine.threads": 1}))
+        assert path.name in str(caught.value)
+        assert "\n" not in str(caught.value)
+        path.write_bytes(content)
+
+
+def test_weights_that_are_no_numbers_are_refused_by_every_build(case: Case, tmp_path: Path) -> None:
+    if case.backend.name == "fake" or case.settings.get("quant.recipe", "none") != "none":
+        pytest.skip("it reads no weights, or those of a quantised checkpoint, which none is made of")
+    model = checkpoints.load(case.checkpoint)
+    with torch.no_grad():
+        model.blocks[1].merge.weight[3, 4] = float("nan")
+    checkpoints.save(tmp_path / "checkpoint", model)
+    out = tmp_path / "engine"
+    out.mkdir()
+    with pytest.raises(CheckpointError, match=r"^weights must be finite, but blocks\.1\.merge\.weight has 1 that are not in \S+; train it again$"):
+        case.backend.build(tmp_path / "checkpoint", case.settings, out)
+    assert not (out / "engine.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from dataclasses import replace
@@ -136,6 +137,21 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint(folder: Path, limit: int)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoint.load(folder).config.layers == 2
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["blocks.0.merge.weight", "embedding.features.tables.item.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_refused(folder: Path, value: float, where: str, dtype: torch.dtype) -> None:
+    model = lively_model(CONFIG).to(dtype)
+    checkpoint.save(folder, model)
+    checkpoint.require_finite(folder)
+    with torch.no_grad():
+        model.get_parameter(where).view(-1)[[3, 7]] = value
+    checkpoint.save(folder, model)
+    for read in (checkpoint.load, checkpoint.require_finite):
+        with pytest.raises(CheckpointError, match=rf"^weights must be finite, but {re.escape(where)} has 2 that are not in \S+; train it again$"):
+            read(folder)
 
 
 def rehash(folder: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 import re
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 import search_spaces
+import search_spaces.onnxruntime as ort
 from pipeline.backends import registry
 from pipeline.errors import UserError
 from pipeline.stages import recipes
 from search_spaces.common import SERVE
-from search_spaces.space import Choice, Float, Int, Knob, Space, Value, When, pin
+from search_spaces.space import Choice, Float, Int, Knob, Space, Value, When, first, pin
 
 
 def engine(**changes: object) -> Space:
@@ -211,3 +213,32 @@ def test_a_space_that_makes_no_sense_is_a_bug(make: object) -> None:
 def test_defaults_must_be_legal() -> None:
     with pytest.raises(UserError, match="takes a number from 0 to 5, got -1"):
         engine(defaults={"build.precision": "fp32", "serve.wait": -1})
+
+
+@pytest.mark.parametrize(("gpu", "installed", "searched"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_cuda_is_searched_where_there_is_a_gpu_and_the_runtimes_build_for_it(
+    gpu: bool, installed: bool, searched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "for_cuda", lambda: installed)
+    space, rng = search_spaces.of("onnxruntime", 2, gpu), random.Random(3)
+    points = [*space.points(), *(space.draw(lambda knob: rng.choice(knob.options) if isinstance(knob, Choice) else first(knob)) for _ in range(50))]
+    assert space.defaults["build.provider"] == "cpu"
+    assert ("cuda" in {point["build.provider"] for point in points}) == searched
+    assert {point.get("quant.recipe", "none") for point in points if point["build.provider"] == "cuda"} <= {"none"}, "int8 is for the CPU"
+    assert any(point.get("quant.recipe") == "int8_max" for point in points)
+    (pinned,) = pin({"onnxruntime": space}, {"build.provider": "cuda"}).values()
+    assert pinned.point({})["build.provider"] == "cuda", "who asks for it gets it, and the engine's own words"
+
+
+def test_the_runtimes_build_for_cuda_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"onnxruntime": "1.32.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(ort, "version", version)
+    assert ort.for_cuda() is False
+    installed["onnxruntime-gpu"] = "1.31.1"
+    assert ort.for_cuda() is True

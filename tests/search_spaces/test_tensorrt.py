@@ -34,4 +34,4 @@ def test_defaults_are_the_engines_own() -> None:
 
 
 def test_presets_are_points() -> None:
-    assert len(SPACE.points()) == 4
+    assert len(SPACE.points()) == 6

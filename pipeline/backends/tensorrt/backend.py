@@ -7,30 +7,39 @@ hashes, flavour, version and target before anything is deserialised. Numerics ar
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.backends import engine, quantised
 from pipeline.backends.engine import EngineFile
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.quantised import NONE
 from pipeline.backends.session import BatchedSession, policy
-from pipeline.backends.tensorrt import builder, execution, flavour, inspect
+from pipeline.backends.tensorrt import builder, execution, flavour, inspect, plugin
 from pipeline.backends.tensorrt.builder import MIB, Plan
 from pipeline.backends.tensorrt.flavour import Flavour
+from pipeline.backends.tensorrt.inspect import Listing
+from pipeline.backends.tensorrt.plugin import OPERATORS, PLUGIN
 from pipeline.backends.tensorrt.profiles import LONGEST_BUCKET, profiles
 from pipeline.contracts import FeatureSchema, Settings
 from pipeline.errors import ArtifactError, SettingsError
 
+if TYPE_CHECKING:
+    from model.export import Form
+
 ENGINE, GRAPH, TIMING = "engine.plan", "graph.onnx", "timing.cache"
 
+NUMBERS = {"int8_max": "int8", "int8_smoothquant": "int8", "int8_sparse": "int8", "fp8_max": "fp8", "fp8_attention": "fp8", "int4_awq": "int4"}
+"""Recipes, and the products that an engine must then have. Tables of bytes are not among them: TensorRT has no look-up in these."""
+
 BUILD: Mapping[str, Knob] = {
-    "quant.recipe": Knob(default=NONE, options=(NONE, "int8_max", "int8_smoothquant")),
+    "quant.recipe": Knob(default=NONE, options=(NONE, *NUMBERS)),
+    "build.precision": Knob(default="fp32", options=("fp32", "fp16", "bf16")),
     "build.target": Knob(default=builder.DEFAULT, options=(builder.DEFAULT, "SM75", "SM80", "SM86", "SM89", "SM120", "SM121")),
     "build.max_tokens": Knob(default=8192, low=64),
     "build.profiles": Knob(default=1, low=1, high=4),
+    "build.attention": Knob(default=OPERATORS, options=(OPERATORS, PLUGIN)),
     "build.level": Knob(default=3, low=0, high=5),
     "build.tiling": Knob(default="none", options=("none", "fast", "moderate", "full")),
     "build.aux_streams": Knob(default=-1, options=(-1, 0, 1, 2, 4)),
@@ -41,7 +50,8 @@ BUILD: Mapping[str, Knob] = {
     "build.version_compatible": Knob(default=False, options=(True, False)),
     "build.hardware_compatible": Knob(default=False, options=(True, False)),
 }
-"""`level` is the builder optimisation level; `profiles` are token buckets, each four times the one before; `aux_streams` -1 is TensorRT's choice."""
+"""`attention` is of standard operators, or our kernel; `precision` is that of everything a recipe leaves in floats; `level` is the builder
+optimisation level; `profiles` are token buckets, each four times the one before; `aux_streams` -1 is TensorRT's choice."""
 LOAD: Mapping[str, Knob] = {
     "engine.graphs": Knob(default=True, options=(True, False)),
     "engine.inflight": Knob(default=1, options=(1, 2, 3)),
@@ -67,18 +77,25 @@ class TensorRT:
         """
         settled = settle(self.name, settings, BUILD)
         found = installed()
-        recipe = str(settled["quant.recipe"])
-        from model.export import AXES
+        recipe, precision, attention = (str(settled[name]) for name in ("quant.recipe", "build.precision", "build.attention"))
+        if attention == PLUGIN and settled["build.refit"]:
+            raise SettingsError(f"build.refit=true takes build.attention={OPERATORS}, got {PLUGIN}; set either")
+        from model.export import AXES, Form
 
-        schema, longest = exported(checkpoint, recipe, out / GRAPH)
+        # With bodies of standard operators, which TensorRT then leaves alone and every other runtime reads.
+        form = Form(precision=precision, attention="function" if attention == PLUGIN else "inline")  # type: ignore[arg-type]
+        schema, longest = exported(checkpoint, recipe, out / GRAPH, form)
         plan = Plan(
             profiles=profiles(int(settled["build.max_tokens"]), int(settled["build.profiles"]), longest),
             **{field: settled[f"build.{field}"] for field in _PLANNED},  # type: ignore[arg-type]
         )
         timings = builder.Timings(found, plan.target)
         built = builder.build(found, out / GRAPH, plan, AXES, timings.read(), progress=lambda phase: print(f"tensorrt: {phase}", flush=True))
-        if recipe != NONE and not built.listing.products.get("int8"):
-            raise SettingsError(f"quant.recipe={recipe} must give int8 products, but {found.name} {found.version} built {built.listing.products}")
+        if _shown(built.listing, recipe) != (recipe, precision):
+            raise SettingsError(
+                f"quant.recipe={recipe} and build.precision={precision} must show in the engine's products, but {found.name} {found.version} built "
+                f"{built.listing.products}; set another recipe or precision"
+            )
         timings.write(built.timing_cache)
         (out / TIMING).write_bytes(built.timing_cache)
         (out / ENGINE).write_bytes(built.engine)
@@ -128,6 +145,7 @@ class TensorRT:
 
 _PLANNED = (
     "target",
+    "attention",
     "level",
     "tiling",
     "aux_streams",
@@ -150,25 +168,29 @@ def opened(folder: Path, built: EngineFile) -> tuple[Flavour, Any]:
             raise ArtifactError(f"{folder / name} is not what was built: expected sha256 {expected}, found {there}; build it again")
     found, compatible = installed(), bool(built.settings["build.version_compatible"])
     _check_place(found, built.details, flavour.capability(), compatible)
+    if built.settings.get("build.attention") == PLUGIN:
+        plugin.registered(found)
     return found, execution.deserialise(found, (folder / ENGINE).read_bytes(), compatible)
 
 
 def files(folder: Path) -> dict[str, str]:
-    """sha256 of what a load reads, and of the ONNX file that its numerics are proved on."""
-    return {name: _sha256(folder / name) for name in (ENGINE, GRAPH)}
+    """sha256 of what a load reads, and of the ONNX file that its numerics are proved on, with what lies beside it."""
+    from model.onnx.files import parts
+
+    return {path.name: _sha256(path) for path in (folder / ENGINE, *parts(folder / GRAPH))}
 
 
-def exported(checkpoint: Path, recipe: str, path: Path) -> tuple[FeatureSchema, int]:
+def exported(checkpoint: Path, recipe: str, path: Path, form: Form) -> tuple[FeatureSchema, int]:
     """Write the ONNX file of a checkpoint; its schema and longest request. Raises SettingsError or CheckpointError."""
-    if config := quantised.read(checkpoint, recipe):
-        shutil.copyfile(checkpoint / "model.onnx", path)
-        return engine.schema(config["schema"]), int(config["model"]["max_seq_len"])
-    from model import checkpoint as checkpoints
-    from model.export import export_onnx
+    from model.export import export_checkpoint
 
-    model = checkpoints.load(checkpoint)
-    export_onnx(model.float(), path)
-    return model.schema, model.config.max_seq_len
+    quantised.read(checkpoint, recipe)
+    try:
+        return export_checkpoint(checkpoint, path, recipe, form)
+    except ValueError as error:
+        if form.attention == "inline":
+            raise
+        raise SettingsError(f"build.attention={PLUGIN}: {error}; set build.attention={OPERATORS}") from error
 
 
 def installed() -> Flavour:
@@ -183,14 +205,17 @@ def _effective(found: Flavour, loaded: Any, built: Settings) -> Settings:
     """From the engine where it can be asked; settings of the builder alone, which no engine keeps, from its description."""
     text = loaded.create_engine_inspector().get_engine_information(found.trt.LayerInformationFormat.ONELINE)
     listing = inspect.count(inspect.layers_of(text))
-    int8, streamed = listing.products.get("int8", 0), int(loaded.streamable_weights_size)
+    recipe, precision = _shown(listing, str(built["quant.recipe"]))
+    streamed = int(loaded.streamable_weights_size)
     resident = int(loaded.weight_streaming_budget_v2) if built["build.weight_streaming"] else streamed
     return {
         **built,
-        "quant.recipe": str(built["quant.recipe"]) if int8 else NONE,
+        "quant.recipe": recipe,
+        "build.precision": precision,
         "build.profiles": int(loaded.num_optimization_profiles),
         "build.refit": bool(loaded.refittable),
         "build.weight_streaming": bool(built["build.weight_streaming"]) and streamed > 0,
+        "build.attention": PLUGIN if listing.plugins else OPERATORS,
         "build.layers": listing.layers,
         "build.fusions": listing.fusions,
         **{f"build.products.{precision}": count for precision, count in listing.products.items()},
@@ -198,6 +223,12 @@ def _effective(found: Flavour, loaded: Any, built: Settings) -> Settings:
         "engine.aux_streams": int(loaded.num_aux_streams),
         "engine.weights_mib": 0 if resident >= streamed else resident // MIB,
     }
+
+
+def _shown(listing: Listing, recipe: str) -> tuple[str, str]:
+    """The recipe, if there are products of its number, and the precision of all other products."""
+    floats = "+".join(name for name in inspect.FLOATS if name in listing.products)
+    return (recipe if listing.products.get(NUMBERS.get(recipe, "")) else NONE), floats
 
 
 def _check_place(found: Flavour, details: Mapping[str, Any], gpu: flavour.Capability, version_compatible: bool) -> None:

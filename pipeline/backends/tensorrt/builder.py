@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.backends.tensorrt import inspect
-from pipeline.backends.tensorrt.flavour import Flavour, words
-from pipeline.backends.tensorrt.inspect import Listing
+from pipeline.backends.tensorrt import inspect, plugin
+from pipeline.backends.tensorrt.flavour import Flavour, capability, words
+from pipeline.backends.tensorrt.inspect import Layer, Listing
 from pipeline.backends.tensorrt.profiles import Profile
 from pipeline.errors import SettingsError
 
@@ -44,6 +44,8 @@ class Plan:
     refit: bool = False
     version_compatible: bool = False
     hardware_compatible: bool = False
+    attention: str = plugin.OPERATORS
+    """`plugin`: nodes of ours in the file are computed by our kernel."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,12 @@ class Built:
     engine: bytes
     timing_cache: bytes
     """Measured tactics, for the next build of a like network."""
-    listing: Listing
+    layers: list[Layer]
+
+    @property
+    def listing(self) -> Listing:
+        """Counts over the layers."""
+        return inspect.count(self.layers)
 
 
 def build(
@@ -70,13 +77,22 @@ def build(
     """
     trt, logger = flavour.trt, flavour.logger
     logger.take()
+    if plan.attention == plugin.PLUGIN:
+        plugin.ready(flavour)
+        plugin.registered(flavour)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
+    if plan.attention == plugin.PLUGIN:
+        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)  # or it would read the nodes' bodies
     if not parser.parse_from_file(str(source)) or not network.num_outputs:  # an empty file is a network of nothing
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         said = "; ".join(f"{error.desc()} (node {error.node_name()}, {error.node_operator()})" for error in errors) or words(logger.take())
         raise SettingsError(f"{flavour.name} {flavour.version} cannot parse {source}: {said}; export the checkpoint again")
+    if plan.attention == plugin.PLUGIN:
+        plugin.compile_for(flavour, network, generations(flavour, plan), progress)
+    else:
+        plugin.refuse(flavour, network)
     config = builder.create_builder_config()
     _configure(flavour, config, plan)
     for ranges in plan.profiles:
@@ -91,7 +107,7 @@ def build(
     if serialised is None:
         raise SettingsError(f"{flavour.name} {flavour.version} cannot build this for {plan.target}: {words(lines)}")
     del monitor  # which TensorRT does not keep alive
-    return Built(engine=bytes(serialised), timing_cache=bytes(cache.serialize()), listing=inspect.count(inspect.from_log(lines)))
+    return Built(engine=bytes(serialised), timing_cache=bytes(cache.serialize()), layers=inspect.from_log(lines))
 
 
 def targets(flavour: Flavour, plan: Plan) -> tuple[str, ...]:
@@ -102,6 +118,17 @@ def targets(flavour: Flavour, plan: Plan) -> tuple[str, ...]:
     if plan.hardware_compatible and flavour.targets:
         return tuple(name for name in flavour.targets if int(name[2:]) >= int(OLDEST_COMPATIBLE[2:]))
     return () if plan.target == DEFAULT else (plan.target,)
+
+
+def generations(flavour: Flavour, plan: Plan) -> tuple[str, ...]:
+    """All the GPU generations that an engine of this plan may run on, as far as a kernel of ours is concerned."""
+    if named := targets(flavour, plan):
+        return named
+    oldest = int(OLDEST_COMPATIBLE[2:])
+    if flavour.targets:
+        return tuple(name for name in flavour.targets if int(name[2:]) >= oldest)
+    major, minor = capability()
+    return (f"SM{major}{minor}",)
 
 
 def _configure(flavour: Flavour, config: Any, plan: Plan) -> None:

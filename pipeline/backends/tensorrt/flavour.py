@@ -7,11 +7,16 @@ own objects.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+import tempfile
 import threading
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SettingsError
@@ -57,6 +62,10 @@ class Flavour:
             return found
         raise SettingsError(f"{self.name} {self.version} has no builder flag {name}; leave that setting at its default")
 
+    def no_plugins(self) -> str | None:
+        """Why its parser cannot import plugins in this process; None where it can. Asking too much of it would end the process."""
+        return None if self.name != RTX or _finds_library() else f"the parser of {self.name} {self.version} looks for {LIBRARY} and finds none"
+
     @property
     def logger(self) -> Any:
         """The process's one logger, which keeps what TensorRT says: `lines`, (severity, text)."""
@@ -68,6 +77,8 @@ def find() -> Flavour | None:
     installed = [name for name in (TENSORRT, RTX) if find_spec(name) is not None]
     fit = fitting(capability())
     for name in sorted(installed, key=lambda name: name not in fit):
+        if name == RTX:
+            _put_parser_beside_library()
         return Flavour(name, import_module(name))
     return None
 
@@ -113,6 +124,42 @@ def capability() -> Capability:
     except Exception:  # any failure of a missing driver, library or device means: no GPU to speak of
         return (0, 0)
     return int(major), int(minor)
+
+
+LIBRARY, PARSER = "libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so.1"
+"""At the first plugin the parser of tensorrt_rtx 1.7 opens the library by a name without version, which the package has not, and ends the process."""
+_folders: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def _put_parser_beside_library() -> None:
+    """Load the parser from a folder of links that has the library by both names: it looks in the folder it was loaded from.
+
+    Too late, and without effect, where this process has imported tensorrt_rtx.
+    """
+    package = find_spec("tensorrt_rtx_libs")
+    libraries = Path(package.origin).parent if package and package.origin else Path()
+    if _folders or RTX in sys.modules or not (libraries / PARSER).exists():
+        return
+    _folders.append(tempfile.TemporaryDirectory(prefix="tensorrt-rtx-"))
+    folder = Path(_folders[0].name)
+    for path in libraries.glob("*.so.*"):
+        (folder / path.name).symlink_to(path)
+        (folder / path.name.partition(".so")[0]).with_suffix(".so").symlink_to(path)
+    ctypes.CDLL(str(folder / PARSER))
+
+
+def _finds_library() -> bool:
+    origin = ctypes.create_string_buffer(4096)
+    try:
+        parser = ctypes.CDLL(PARSER, mode=os.RTLD_NOLOAD)
+    except OSError:  # another version's
+        return False
+    ctypes.CDLL(None).dlinfo(ctypes.c_void_p(parser._handle), RTLD_DI_ORIGIN, origin)
+    return (Path(os.fsdecode(origin.value)) / LIBRARY).exists()
+
+
+RTLD_DI_ORIGIN = 6
+"""dlinfo's request for the folder a library was loaded from (dlfcn.h)."""
 
 
 @cache

@@ -6,6 +6,7 @@ from its inspector. The size of an engine or the nodes of its ONNX say nothing o
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,11 +16,21 @@ from typing import Any
 PRODUCTS = ("gemm", "Fc")
 """Parts of the type or name of a layer that multiplies matrices."""
 
-SHORT = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8", "Int32": "int32", "Int64": "int64"}
+SHORT = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8", "Int4": "int4", "Int32": "int32", "Int64": "int64"}
+
+NARROW, FLOATS = ("fp8", "int8", "int4"), ("bf16", "fp16", "fp32")
+"""Precisions of a product, those of recipes and those that a network is made in."""
+
+PLUGINS = ("custom_layer", "Plugin")
+"""How the type of a layer that is somebody's plugin begins."""
+
+BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int8": 1, "FP8": 1, "Bool": 1, "Int32": 4, "Int64": 8}
 
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[")
 _OPERATION = re.compile(r"[A-Z][a-z0-9]+")
 _TYPE = re.compile(r"Datatype: (\w+)")
+_TENSOR = re.compile(r"Name: (?P<name>.*?), Dimensions: \[(?P<shape>[-\d,]*)\], .*?Datatype: (?P<type>\w+)")
+_NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,15 @@ class Layer:
     inputs: tuple[str, ...]
     """Types of what it reads."""
     constants: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
+    """Names of the file's nodes that it computes, or helps to."""
+    moved: int | None = None
+    """Bytes of the tensors it reads and writes, weights left out, each counted once; None where a length is open."""
+
+    @property
+    def plugin(self) -> bool:
+        """Whether its kernel came with a plugin."""
+        return self.kind.startswith(PLUGINS)
 
     @property
     def product(self) -> bool:
@@ -45,9 +65,9 @@ class Layer:
 
     @property
     def precision(self) -> str:
-        """That of the first of its inputs that is one of a product's: int8 or fp8 before floats."""
+        """That of the first of its inputs that is one of a product's: fp8 or int8 before floats, int4 where weights alone are."""
         found = [SHORT.get(name, name.lower()) for name in (*self.inputs, *self.constants)]
-        return next((name for name in ("fp8", "int8", "bf16", "fp16", "fp32") if name in found), "other")
+        return next((name for name in NARROW + FLOATS if name in found), "other")
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,8 @@ class Listing:
     precisions: dict[str, int]
     """All layers that read anything of floats or of bytes, by precision."""
     fusions: int
+    plugins: int = 0
+    """Layers that are plugins."""
 
     def plain(self) -> dict[str, Any]:
         """As json."""
@@ -72,8 +94,19 @@ def layers_of(text: str) -> list[Layer]:
     for line in text.splitlines():
         if match := _LAYER.match(line.strip()):
             inputs, constants = tuple(_TYPE.findall(_whole(line, "Inputs"))), tuple(_TYPE.findall(_whole(line, "Constants")))
-            found.append(Layer(match["name"], match["kind"], inputs, constants))
+            found.append(Layer(match["name"], match["kind"], inputs, constants, tuple(_NODE.findall(line)), _moved(line)))
     return found
+
+
+def _moved(line: str) -> int | None:
+    total = 0
+    for part in ("Inputs", "Outputs"):
+        for _, shape, kind in set(_TENSOR.findall(_whole(line, part))):
+            lengths = [int(length) for length in shape.split(",") if length]
+            if min(lengths, default=1) < 0:
+                return None
+            total += math.prod(lengths) * BYTES[kind]
+    return total
 
 
 def _whole(line: str, part: str) -> str:
@@ -96,6 +129,7 @@ def count(layers: Sequence[Layer]) -> Listing:
         products=dict(sorted(Counter(layer.precision for layer in layers if layer.product).items())),
         precisions=dict(sorted(Counter(layer.precision for layer in layers if layer.precision != "other").items())),
         fusions=sum(layer.fused for layer in layers),
+        plugins=sum(layer.plugin for layer in layers),
     )
 
 

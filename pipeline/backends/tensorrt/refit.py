@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from model.export import Form
 from pipeline.backends import engine
 from pipeline.backends.tensorrt import backend
 from pipeline.backends.tensorrt.flavour import Flavour, words
@@ -27,7 +28,8 @@ def refit(folder: Path, checkpoint: Path, out: Path) -> None:
         raise SettingsError(f"an engine takes new weights where it was built with build.refit=true, and {folder} was not; build it again")
     found, loaded = backend.opened(folder, built)
     out.mkdir(parents=True)
-    schema, longest = backend.exported(checkpoint, str(built.settings["quant.recipe"]), out / backend.GRAPH)
+    form = Form(precision=str(built.settings["build.precision"]))  # type: ignore[arg-type]
+    schema, longest = backend.exported(checkpoint, str(built.settings["quant.recipe"]), out / backend.GRAPH, form)
     if (schema, longest) != (built.schema, built.max_seq_len):
         raise SettingsError(f"the weights of {checkpoint} belong to another schema or length limit than {folder} has; build an engine for it")
     put(found, loaded, out / backend.GRAPH)

@@ -24,7 +24,7 @@ from pipeline.backends.vllm.words import Words
 from pipeline.contracts import Settings
 from pipeline.errors import AutotuneError, SettingsError, UserError
 
-SERVED = "served"
+SERVED, SIZES = "served", "sizes"
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -77,7 +77,8 @@ class Vllm:
         if config.layer != "hstu":
             raise SettingsError(f"{self.name} runs models of layer=hstu, this one is {config.layer}; choose another engine")
         served.write(checkpoint, out / SERVED)
-        engine.EngineFile(backend=self.name, settings=settled, schema=schema, max_seq_len=config.max_seq_len).write(out)
+        details = {SIZES: served.sizes(out / SERVED)}
+        engine.EngineFile(backend=self.name, settings=settled, schema=schema, max_seq_len=config.max_seq_len, details=details).write(out)
 
     def load(self, folder: Path, settings: Settings) -> VllmSession | Processes:
         """Start the engine's processes. Raises SettingsError, ArtifactError, MachineError, or UserError where vLLM is not installed."""
@@ -85,6 +86,9 @@ class Vllm:
         built = engine.read(folder, self.name)
         if reason := self.unavailable():
             raise UserError(reason)
+        from pipeline.backends.vllm import served
+
+        served.require_whole(folder / SERVED, built.details.get(SIZES, {}))
         if int(settled["engine.processes"]) > 1:
             return _several(folder, settled, built)
         asked: Settings = {**built.settings, **settled, "engine.max_model_len": built.max_seq_len}

@@ -1,14 +1,19 @@
 """The ONNX Runtime engine scores as the network does, says what it really runs, and needs neither torch nor onnx to load."""
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as onnxruntime_package
 import pytest
 import torch
 
@@ -17,8 +22,11 @@ from calibration.recipes import get
 from model import checkpoint
 from model.batch import pack
 from model.config import SIZES
+from model.export import join
 from model.network import MTGR
 from model.rounded import apply
+from pipeline.backends import graph, onnxruntime
+from pipeline.backends.graph import optimise
 from pipeline.backends.onnxruntime import BACKEND
 from pipeline.contracts import RankingRequest, Settings
 from pipeline.errors import ArtifactError, CheckpointError, InvalidRequest, SettingsError
@@ -180,6 +188,112 @@ def test_a_broken_engine_is_refused(folder: Path, tmp_path: Path) -> None:
     (engine / "engine.json").unlink()
     with pytest.raises(ArtifactError, match="has none: it is incomplete"):
         BACKEND.load(engine, SERVE)
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "{}", lambda text: "[]"])
+def test_a_description_cut_short_is_one_line(folder: Path, tmp_path: Path, damage) -> None:
+    engine = built(folder / "checkpoint", tmp_path / "engine")
+    (engine / "engine.json").write_text(damage((engine / "engine.json").read_text()))
+    with pytest.raises(ArtifactError, match=r"engine\.json does not describe an engine of this version \(.*\); build it again$"):
+        BACKEND.load(engine, SERVE)
+
+
+def test_a_graph_for_cuda_is_the_exported_one(folder: Path, tmp_path: Path) -> None:
+    """What is optimised for a CPU has operators that no GPU knows. On the CPU the graph gives the network's scores all the same."""
+    engine = built(folder / "checkpoint", tmp_path / "engine", build_provider="cuda", build_graph_level="extended")
+    assert {node.domain for node in onnx.load(str(engine / "graph.onnx")).graph.node} == {""}
+    assert {path.name for path in engine.iterdir()} == {"graph.onnx", "engine.json"}
+    for_cpu = onnx.load(str(built(folder / "checkpoint", tmp_path / "cpu") / "graph.onnx")).graph
+    assert "com.microsoft" in {node.domain for node in for_cpu.node}
+    description = json.loads((engine / "engine.json").read_text())
+    (engine / "engine.json").write_text(json.dumps(description | {"settings": description["settings"] | {"build.provider": "cpu"}}))
+    requests = edge_cases()
+    got, effective = scores(engine, requests)
+    with torch.inference_mode():
+        expected = checkpoint.load(folder / "checkpoint")(*pack(requests).tensors()).numpy()
+    assert np.abs(got - expected).max() < 1e-5
+    assert effective["build.provider"] == "cpu", "as the session says, not as it was asked"
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime_package.get_available_providers(), reason="it may be had here")
+def test_cuda_that_cannot_be_had_is_the_settings_fault_in_the_runtimes_words(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    engine = built(folder / "checkpoint", tmp_path / "engine", build_provider="cuda")
+    with pytest.raises(
+        SettingsError,
+        match=r"^build\.provider=cuda needs CUDAExecutionProvider, and onnxruntime \S+ took CPUExecutionProvider: .*not in available provider names"
+        r".*; pip uninstall onnxruntime, then pip install onnxruntime-gpu\[cuda,cudnn\], or set build\.provider=cpu$",
+    ) as caught:
+        BACKEND.load(engine, SERVE)
+    assert caught.value.kind == "refused"
+
+
+def test_int8_is_not_for_cuda(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"quant\.recipe=int8_max gives integer kernels on the CPU alone: .*; set build\.provider=cpu, or use"):
+        built(folder / "int8_max", tmp_path / "engine", quant_recipe="int8_max", build_provider="cuda")
+    with pytest.raises(SettingsError, match=r"build\.provider takes one of cpu, cuda, got 'rocm'"):
+        built(folder / "checkpoint", tmp_path / "other", build_provider="rocm")
+
+
+def test_what_a_library_says_on_stderr_is_heard_and_goes_there_all_the_same(capfd: pytest.CaptureFixture[str]) -> None:
+    with graph.heard() as said:
+        os.write(2, b"\x1b[1;31mFailed to load library libcublasLt.so.13\n\x1b[m\n")
+        warnings.warn("no such provider", stacklevel=1)
+    assert [graph.one_line(line) for line in said] == ["no such provider", "Failed to load library libcublasLt.so.13"]
+    assert "libcublasLt.so.13" in capfd.readouterr().err
+    os.write(2, b"later")
+    assert capfd.readouterr().err == "later"
+    assert len(said) == 2
+
+
+def test_building_says_so_where_onnx_is_missing_and_running_needs_none(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "find_spec", lambda name: None if name == "onnx" else name)
+    assert BACKEND.unavailable() is None
+    with pytest.raises(SettingsError, match="a graph is built with onnx, which is not installed"):
+        built(folder / "checkpoint", tmp_path / "engine")
+    monkeypatch.setattr(onnxruntime, "find_spec", lambda name: None)
+    assert BACKEND.unavailable() == "onnxruntime is not installed; pip install onnxruntime"
+
+
+@pytest.mark.parametrize("recipe", ["none", "int8_max"])
+def test_tensors_beside_the_graph_are_served_and_vouched_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    source = folder / ("checkpoint" if recipe == "none" else recipe)
+    whole, _ = scores(built(source, tmp_path / "whole", quant_recipe=recipe), edge_cases())
+    monkeypatch.setattr("pipeline.backends.onnxruntime._join", partial(join, inline_bytes=0))
+    engine = built(source, tmp_path / "engine", quant_recipe=recipe)
+    assert {file.name for file in engine.iterdir()} == {"graph.onnx", "graph.onnx.data", "engine.json"}
+    assert set(json.loads((engine / "engine.json").read_text())["files"]) == {"graph.onnx", "graph.onnx.data"}
+    beside, effective = scores(engine, edge_cases())
+    assert np.array_equal(whole, beside)
+    assert effective["quant.recipe"] == recipe
+    data = bytearray((engine / "graph.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (engine / "graph.onnx.data").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"graph\.onnx\.data is not what was built"):
+        BACKEND.load(engine, SERVE)
+
+
+def test_a_graph_that_does_not_parse_is_one_message(folder: Path, tmp_path: Path) -> None:
+    """One with the hash it should have: written by another version, or by hand."""
+    engine = built(folder / "checkpoint", tmp_path / "engine")
+    for content in (b"no onnx at all", (engine / "graph.onnx").read_bytes()[:5000]):
+        (engine / "graph.onnx").write_bytes(content)
+        manifest = json.loads((engine / "engine.json").read_text())
+        manifest["files"]["graph.onnx"] = hashlib.sha256(content).hexdigest()
+        (engine / "engine.json").write_text(json.dumps(manifest))
+        with pytest.raises(ArtifactError, match=r"ONNX Runtime \S+ cannot load .*graph\.onnx, which \S+ made: \d+ : .*; build it again$") as caught:
+            BACKEND.load(engine, SERVE)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(CheckpointError, match=r"ONNX Runtime [\d.]+ cannot read .*graph\.onnx: \d+ : .*; export the checkpoint again"):
+            optimise(engine / "graph.onnx", tmp_path / "out.onnx", "all")
+
+
+def test_weights_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = checkpoint.load(folder / "checkpoint")
+    with torch.no_grad():
+        model.embedding.features.tables["item"].weight[7, 1] = float("nan")
+    checkpoint.save(tmp_path / "checkpoint", model)
+    with pytest.raises(CheckpointError, match=r"embedding\.features\.tables\.item\.weight has 1 that are not"):
+        built(tmp_path / "checkpoint", tmp_path / "engine")
 
 
 def test_loading_imports_neither_torch_nor_onnx(folder: Path, tmp_path: Path) -> None:

@@ -29,6 +29,17 @@ def test_the_scores_do_not_change(config: ModelConfig) -> None:
         torch.testing.assert_close(found[: len(wanted)], wanted, rtol=0, atol=1e-6)
 
 
+def test_a_padded_place_still_names_no_row() -> None:
+    plain = pack_numpy(jagged_requests(np.random.default_rng(1), 5), 16)
+    rounded = round_batch(plain)
+    assert len(rounded["kind"]) > len(plain["kind"])
+    for name in ("history_index", "candidate_index"):
+        padded = plain[name] == len(plain["kind"])
+        assert padded.any()
+        assert ((rounded[name] == len(rounded["kind"])) == padded).all()
+        assert (rounded[name] == plain[name])[~padded].all()
+
+
 def test_sizes_are_few_and_little_is_added() -> None:
     sizes = {round_up(count) for count in range(4097)}
     assert len(sizes) <= 80

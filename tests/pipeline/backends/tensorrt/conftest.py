@@ -17,7 +17,8 @@ from pipeline.backends.tensorrt.flavour import Flavour
 from pipeline.requests import save_requests
 from tests.factories import SCHEMA, random_request
 
-CONFIG = replace(SIZES["tiny"], d_model=32, layers=2, max_seq_len=512, scaling_seqlen=128, embedding_dim=16)
+CONFIG = replace(SIZES["tiny"], d_model=64, layers=2, max_seq_len=512, scaling_seqlen=128, embedding_dim=16)
+RECIPES = ("int8_max", "int8_smoothquant", "fp8_max", "fp8_attention", "int4_awq")
 
 
 @pytest.fixture(scope="session")
@@ -29,16 +30,16 @@ def found() -> Flavour:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """checkpoint, fp32.onnx of it, and the quantised int8_max and int8_smoothquant beside them."""
+    """checkpoint, fp32.onnx of it, and a quantised checkpoint of each of `RECIPES` beside them."""
     folder = tmp_path_factory.mktemp("tensorrt")
     torch.manual_seed(0)
     model = MTGR(CONFIG, SCHEMA)
     checkpoint.save(folder / "checkpoint", model)
     export_onnx(model, folder / "fp32.onnx")
     rng = np.random.default_rng(0)
-    sizes = rng.integers((0, 0, 1), (100, 60, 30), (20, 3)).tolist()
+    sizes = rng.integers((0, 0, 1), (100, 60, 30), (10, 3)).tolist()
     save_requests(folder / "calibration.npz", [random_request(rng, static=s, realtime=r, candidates=k, user_key=s) for s, r, k in sizes])
-    for recipe in ("int8_max", "int8_smoothquant"):
+    for recipe in RECIPES:
         quantise(folder / "checkpoint", recipe, folder / "calibration.npz", folder / recipe, lambda share, text: None)
     return folder
 

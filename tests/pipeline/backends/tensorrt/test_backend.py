@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from calibration import recipes
 from calibration.quantise import restore
 from model import checkpoint
 from model.batch import pack
-from model.export import AXES
+from model.export import AXES, Form
 from model.packing import pack_numpy
 from pipeline.backends import engine
 from pipeline.backends.rounding import round_batch
 from pipeline.backends.tensorrt import BACKEND, backend, execution, flavour
 from pipeline.backends.tensorrt.flavour import Flavour
+from pipeline.backends.tensorrt.inspect import Listing
 from pipeline.backends.tensorrt.profiles import covering, lengths_of
 from pipeline.backends.tensorrt.refit import refit
 from pipeline.contracts import Settings
@@ -37,7 +39,37 @@ def engines(found: Flavour, folder: Path, tmp_path_factory: pytest.TempPathFacto
         for recipe, source in (("none", "checkpoint"), ("int8_max", "int8_max")):
             made[recipe] = tmp_path_factory.mktemp(recipe)
             BACKEND.build(folder / source, {**SMALL, "quant.recipe": recipe}, made[recipe])
+        made["plugin"] = tmp_path_factory.mktemp("plugin")
+        BACKEND.build(folder / "checkpoint", {**SMALL, "build.attention": "plugin"}, made["plugin"])
     return made
+
+
+def test_recipe_and_precision_are_kept_and_shown(found: Flavour, folder: Path, tmp_path: Path) -> None:
+    BACKEND.build(folder / "fp8_max", {**SMALL, "build.profiles": 1, "quant.recipe": "fp8_max", "build.precision": "bf16"}, tmp_path)
+    built = engine.read(tmp_path, "tensorrt")
+    assert built.details["listing"]["products"] == {"bf16": 18, "fp8": 5}
+    assert backend._shown(Listing(**built.details["listing"]), "fp8_max") == ("fp8_max", "bf16")
+    assert (built.settings["quant.recipe"], built.settings["build.precision"]) == ("fp8_max", "bf16")
+
+
+@pytest.mark.parametrize(("products", "recipe", "shown"), [
+    ({"fp16": 23}, "fp8_max", ("none", "fp16")), ({"fp16": 3, "fp32": 20}, "none", ("none", "fp16+fp32")),
+    ({"int4": 5, "bf16": 1}, "int4_awq", ("int4_awq", "bf16")),
+])  # fmt: skip
+def test_what_the_engine_does_not_hold_is_not_shown(products: dict[str, int], recipe: str, shown: tuple[str, str]) -> None:
+    assert backend._shown(Listing(layers=1, products=products, precisions={}, fusions=0), recipe) == shown
+
+
+def test_tensors_beside_the_graph_are_built_from_and_vouched_for(
+    found: Flavour, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.export.Form", partial(Form, inline_bytes=0))
+    BACKEND.build(folder / "checkpoint", {**SMALL, "build.profiles": 1}, tmp_path)
+    assert engine.read(tmp_path, "tensorrt").details["listing"]["products"] == {"fp32": 23}
+    data = tmp_path / "graph.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    with pytest.raises(ArtifactError, match=r"graph\.onnx\.data is not what was built"):
+        BACKEND.load(tmp_path, {"serve.max_batch_tokens": 1024})
 
 
 @pytest.fixture
@@ -55,7 +87,7 @@ def broken(engines: dict[str, Path], tmp_path: Path) -> Callable[[dict[str, obje
     return copy
 
 
-@pytest.mark.parametrize("recipe", ["none", "int8_max"])
+@pytest.mark.parametrize("recipe", ["none", "int8_max", "plugin"])
 def test_the_file_that_was_built_scores_as_the_network_at_lengths_of_its_profiles(engines: dict[str, Path], folder: Path, recipe: str) -> None:
     requests = jagged_requests(np.random.default_rng(1), count=8)
     arrays = round_batch(pack_numpy(requests, 8))
@@ -66,12 +98,12 @@ def test_the_file_that_was_built_scores_as_the_network_at_lengths_of_its_profile
     count = sum(len(request.candidates) for request in requests)
     got = session.run(None, {name: array for name, array in arrays.items() if name in names})[0][:count]
     trained, state = folder / "checkpoint", folder / recipe / "modelopt.pt"
-    network = checkpoint.load(trained) if recipe == "none" else restore(trained, state, recipes.get(recipe))
+    network = checkpoint.load(trained) if recipe != "int8_max" else restore(trained, state, recipes.get(recipe))
     with torch.inference_mode():
         expected = network(*pack(requests).tensors()).numpy()
     difference = np.abs(got - expected)
     assert np.median(difference) < 1e-5
-    assert difference.max() < (1e-5 if recipe == "none" else 5e-3)  # a tie of rounding may fall to the other side
+    assert difference.max() < (1e-5 if recipe != "int8_max" else 5e-3)  # a tie of rounding may fall to the other side
 
 
 def test_a_built_folder_tells_what_is_in_the_engine(engines: dict[str, Path]) -> None:

@@ -3,11 +3,12 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
-from model.export import AXES
+from model.export import AXES, Form, export_checkpoint
 from pipeline.backends.tensorrt import builder
 from pipeline.backends.tensorrt.builder import Built, Plan, Timings
 from pipeline.backends.tensorrt.flavour import Flavour
@@ -51,6 +52,30 @@ def test_every_recipe_builds_and_its_products_are_int8_in_the_engine(found: Flav
 )
 def test_a_setting_builds_the_same_products(found: Flavour, folder: Path, settings: dict[str, object]) -> None:
     assert built(found, folder / "fp32.onnx", **settings).listing.products == {"fp32": 23}
+
+
+@pytest.mark.parametrize(("recipe", "precision", "products"), [
+    ("none", "fp16", {"fp16": 23}), ("int8_smoothquant", "fp16", {"fp16": 18, "int8": 5}),
+    ("fp8_max", "bf16", {"bf16": 18, "fp8": 5}), ("fp8_attention", "fp32", {"fp32": 12, "fp8": 11}), ("int4_awq", "fp16", {"fp16": 18, "int4": 5}),
+])  # fmt: skip
+def test_products_have_the_precision_and_the_number_of_the_file(
+    found: Flavour, folder: Path, tmp_path: Path, recipe: str, precision: Any, products: dict[str, int]
+) -> None:
+    """In fp8_attention the six products of attention are fp8 too."""
+    export_checkpoint(folder / ("checkpoint" if recipe == "none" else recipe), tmp_path / "graph.onnx", recipe, Form(precision=precision))
+    assert built(found, tmp_path / "graph.onnx").listing.products == products
+
+
+@pytest.mark.parametrize("attention", ["inline", "function"])
+def test_bodies_of_operators_are_parsed(found: Flavour, folder: Path, tmp_path: Path, attention: Any) -> None:
+    export_checkpoint(folder / "checkpoint", tmp_path / "graph.onnx", form=Form(attention=attention, inline_bytes=0))
+    assert built(found, tmp_path / "graph.onnx").listing.products == {"fp32": 23}
+
+
+def test_an_operator_without_a_body_needs_a_plugin(found: Flavour, folder: Path, tmp_path: Path) -> None:
+    export_checkpoint(folder / "checkpoint", tmp_path / "graph.onnx", form=Form(attention="operator"))
+    with pytest.raises(SettingsError, match="HstuAttention"):
+        built(found, tmp_path / "graph.onnx")
 
 
 def test_without_auxiliary_streams_there_is_nothing_to_wait_for(found: Flavour, folder: Path) -> None:

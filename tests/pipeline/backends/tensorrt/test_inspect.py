@@ -43,3 +43,15 @@ def test_the_precision_of_a_product_is_read_from_the_engine(found: Flavour, tmp_
 
 def test_a_listing_without_layers_counts_none() -> None:
     assert inspect.count(inspect.from_log([("INFO", "nothing here")])).products == {}
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("bf16", 2)])
+def test_bytes_that_a_layer_moves_are_known_where_every_length_is(found: Flavour, tmp_path, precision: str, width: int) -> None:
+    onnx.save(product(precision), str(tmp_path / "product.onnx"))
+    fixed, open_ = (
+        builder.build(found, tmp_path / "product.onnx", Plan(profiles=[{"T": lengths}], target="SM89"), AXES).layers
+        for lengths in ((64, 64, 64), (1, 64, 256))
+    )
+    moved = [layer.moved for layer in fixed if layer.product]
+    assert moved == [64 * (64 + 128) * width]  # x and y, and not the weights
+    assert [layer.moved for layer in open_ if layer.product] == [None]

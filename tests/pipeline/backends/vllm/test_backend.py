@@ -104,7 +104,8 @@ def test_room_beside_a_gpu_where_there_is_none_is_the_settings_fault(tmp_path: P
 def test_a_start_that_fails_for_another_reason_is_not_the_settings_fault(tmp_path: Path) -> None:
     before = adapter._below()
     engine = built(tmp_path)
-    (engine / adapter.SERVED / WEIGHTS).write_bytes(b"broken")
+    weights = engine / adapter.SERVED / WEIGHTS
+    weights.write_bytes(b"\xff" * weights.stat().st_size)  # of the size it had: one cut short is not even tried
     with pytest.raises(MachineError, match="did not start"):
         load(engine)
     assert adapter._below() == before
