@@ -114,7 +114,7 @@ class OnnxRuntimeBackend:
         """Open a built graph. Raises SettingsError, also where CUDA cannot be had, or ArtifactError where the folder is broken."""
         settled = settle(self.name, settings, LOAD)
         manifest = _read_manifest(engine)
-        session = _open(engine / GRAPH, manifest, settled)
+        session = open_graph(engine / GRAPH, manifest, settled)
         taken = frozenset(value.name for value in session.get_inputs())
         multiple = policy(settled).multiple
 
@@ -170,12 +170,12 @@ def _byte_tables(graph: Path) -> int:
     return sum(".tables." in v.name and v.data_type == onnx.TensorProto.INT8 for v in model.graph.initializer)
 
 
-def _open(graph: Path, manifest: Mapping[str, Any], settled: Settings) -> onnxruntime.InferenceSession:
+def open_graph(graph: Path, manifest: Mapping[str, Any], settled: Settings) -> onnxruntime.InferenceSession:
     """A session on the provider that the graph was built for. Raises SettingsError where the runtime took another, in its own words."""
     import onnxruntime
 
     provider = str(manifest["settings"].get("build.provider", CPU))
-    options = session_options(int(settled["engine.threads"]), bool(settled["engine.arena"]), bool(settled["engine.spinning"]))
+    options = _options(int(settled["engine.threads"]), bool(settled["engine.arena"]), bool(settled["engine.spinning"]))
     if provider == CUDA:
         options.graph_optimization_level = level(str(manifest["settings"]["build.graph_level"]))
     listening: AbstractContextManager[list[str]] = heard() if provider == CUDA else nullcontext([])
@@ -204,7 +204,7 @@ def _version() -> str:
     return str(onnxruntime.__version__)
 
 
-def session_options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.SessionOptions:
+def _options(intra_threads: int, arena: bool, spinning: bool) -> onnxruntime.SessionOptions:
     """For serving: the graph is optimised already, and one batch runs at a time."""
     import onnxruntime
 

@@ -203,16 +203,16 @@ def measure_engines(
 
 
 def _build(checkpoint: Path, recipe: str, out: Path) -> Engine:
-    """The engine's bytes and integer products, and a session of it."""
-    import onnxruntime
-
+    """The engine's bytes and integer products, and a session of it on one thread."""
     from pipeline.backends import onnxruntime as engine
+    from pipeline.backends.knobs import settle
 
     out.mkdir()
     engine.BACKEND.build(checkpoint, {stages.RECIPE: recipe}, out)
-    described, graph = read_json(out / engine.MANIFEST), out / engine.GRAPH
-    session = onnxruntime.InferenceSession(str(graph), engine.session_options(1, True, True), providers=["CPUExecutionProvider"])
-    return {"bytes": graph.stat().st_size, "integer_kernels": described["integer_kernels"], "session": session}
+    described = read_json(out / engine.MANIFEST)
+    session = engine.open_graph(out / engine.GRAPH, described, settle(engine.BACKEND.name, {"engine.threads": 1}, engine.LOAD))
+    size = sum((out / name).stat().st_size for name in described["files"])
+    return {"bytes": size, "integer_kernels": described["integer_kernels"], "session": session}
 
 
 def _run(session: Any, requests: Sequence[Any]) -> Callable[[], Any]:
