@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import gate, goals, quality, stages
+from pipeline import gate, goals, quality
+from pipeline.bench import cases
 from pipeline.bench.rates import show
 from pipeline.contracts import Goal, LabelledRequest, RankingRequest, Scores
 from pipeline.errors import SettingsError
+from pipeline.terminal import View
 
 Network = Any
 """model.network.MTGR, which only functions here may import; they reach into its parts."""
@@ -119,17 +121,10 @@ def table(model: Network, samples: Sequence[LabelledRequest], margin: float, say
 def main(arguments: Sequence[str]) -> int:
     """Print the table."""
     from pipeline.config import compose
-    from pipeline.terminal import View
 
     config, _ = compose(arguments, "bench damage")
-    steps = ("data", "training", "requests", "damage")
-    with View(steps) as view:
-        with view.stage("data"):
-            prepared = None if config.checkpoint and config.inputs else stages.prepare(config, view.line)
-        with view.stage("training"):
-            checkpoint = stages.train(config, prepared, view.line)
-        with view.stage("requests"):
-            inputs = stages.requests(config, prepared, checkpoint, view.line)
+    with View((*cases.STEPS, "damage")) as view:
+        checkpoint, inputs = cases.trained(config, view)
         with view.stage("damage"):
             found = _here(checkpoint.folder, inputs, config.goal.accuracy_margin, view.doing)
     rows = []

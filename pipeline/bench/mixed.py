@@ -25,14 +25,15 @@ import numpy as np
 import yaml
 
 from pipeline import layer_latency, quality, stages
-from pipeline.bench import mixed_report
-from pipeline.bench.recipes import PLACES, judge
+from pipeline.bench import cases, mixed_report
+from pipeline.bench.recipes import judge
 from pipeline.config import TuneConfig, compose
 from pipeline.contracts import HEADS
 from pipeline.errors import SettingsError, UserError
 from pipeline.launcher import measuring
 from pipeline.percentiles import percentile
 from pipeline.records import read_json
+from pipeline.terminal import View
 
 OPTIONS: dict[str, Any] = {"budgets": [0.01, 0.05, 0.25], "bits": [10.0, 12.0, 14.0], "calibration": 64, "oracle": 100, "seconds": 60}
 RECIPE = "int8_mixed"
@@ -46,34 +47,19 @@ Engine = dict[str, Any]
 
 def main(arguments: Sequence[str]) -> int:
     """Print the tables, keep them and write the report."""
-    from pipeline.terminal import View
-
     given = dict(a.partition("=")[::2] for a in arguments)
     options = {name: yaml.safe_load(given[name]) if name in given else default for name, default in OPTIONS.items()}
     if not options["budgets"] or not all(0 < share <= 1 for share in options["budgets"]):
         raise UserError(f"budgets are shares of the damage of all layers, over 0 and at most 1, got {options['budgets']}")
     overrides = [a for a in arguments if a.partition("=")[0] not in OPTIONS]
     config, _ = compose(overrides, "bench mixed")
-    with View(("data", "training", "requests", "layers", "engines")) as view:
-        with view.stage("data"):
-            prepared = None if config.checkpoint and config.inputs else stages.prepare(config, view.line)
-        with view.stage("training"):
-            checkpoint = stages.train(config, prepared, view.line)
-        with view.stage("requests"):
-            inputs = stages.requests(config, prepared, checkpoint, view.line)
+    with View((*cases.STEPS, "layers", "engines")) as view:
+        checkpoint, inputs = cases.trained(config, view)
         with view.stage("layers"):
             layers = measure_layers(config, checkpoint, inputs, options, view.doing)
         with view.stage("engines"):
             engines = measure_engines(config, checkpoint, inputs, layers, options, view)
-    case = {
-        "command": " ".join(["python -m pipeline bench mixed", *(a for a in arguments if not a.startswith(PLACES))]),
-        "model": dict(checkpoint.model),
-        "training": {name: value for name, value in checkpoint.metrics.items() if name in ("train_seconds", "epochs", "parameters")},
-        "heads": list(checkpoint.heads),
-        "margin": config.goal.accuracy_margin,
-        "layers": layers,
-        "engines": engines,
-    }
+    case = {**cases.described("mixed", config, arguments, checkpoint, checkpoint.metrics), "layers": layers, "engines": engines}
     mixed_report.show_all(config.study.name, case)
     mixed_report.keep(Path(config.paths.reports) / "mixed", config.study.name, case)
     return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import correlation
 from typing import Any
 
+from pipeline.bench import cases
 from pipeline.bench.rates import show
 from pipeline.layer_latency import BATCH, LONE
 from pipeline.report.svg import Plot, around, standalone
@@ -28,33 +28,18 @@ def show_all(name: str, case: Case) -> None:
 
 def keep(folder: Path, name: str, case: Case) -> None:
     """Put a case into results.json, in place of one of its name; write report.md and the case's figure."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
-    cases = json.loads(path.read_text()) if path.is_file() else {}
-    cases[name] = case
-    path.write_text(json.dumps(cases, indent=1, sort_keys=True) + "\n")
+    found = cases.gathered(folder, name, case)
     (folder / f"{name}.svg").write_text(figure(name, case), encoding="utf-8")
-    (folder / "report.md").write_text(report(cases), encoding="utf-8")
+    (folder / "report.md").write_text(report(found), encoding="utf-8")
 
 
-def report(cases: Mapping[str, Case]) -> str:
+def report(kept: Mapping[str, Case]) -> str:
     """All cases in Markdown."""
     lines = ["# Mixed precision, chosen by measurement", "", INTRODUCTION, ""]
-    for name, case in sorted(cases.items()):
-        model = case["model"]
-        trained = ", ".join(f"{figure.replace('_', ' ')} {value:.3g}" for figure, value in case["training"].items())
-        lines += [
-            f"## {name}",
-            "",
-            f"d_model {model['d_model']}, {model['layers']} layers; {trained or 'a checkpoint that was given'}. Margin {case['margin']:g}.",
-            "",
-            f"    {case['command']}",
-            "",
-            f"![latency over loss]({name}.svg)",
-            "",
-        ]
-        for title, table in _tables(case).items():
-            lines += [f"### {title[0].upper()}{title[1:]}", "", *_markdown(table), ""]
+    for name, case in sorted(kept.items()):
+        lines += [*cases.heading(name, case), f"![latency over loss]({name}.svg)", ""]
+        for title, (header, rows) in _tables(case).items():
+            lines += [f"### {title[0].upper()}{title[1:]}", "", *cases.table(header, rows), ""]
         lines += [*(f"- {line}" for line in _worth(case)), ""]
     return "\n".join(lines)
 
@@ -180,9 +165,3 @@ def _interval(values: Sequence[float], form: str) -> str:
 
 def _short(name: str) -> str:
     return name.partition(" = ")[0]
-
-
-def _markdown(table: Table) -> list[str]:
-    header, rows = table
-    lines: list[Sequence[str]] = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cell for _, cell in zip(header, line, strict=True))} |" for line in lines]

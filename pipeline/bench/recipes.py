@@ -18,12 +18,14 @@ import numpy as np
 import yaml
 
 from pipeline import gate, goals, quality, stages
+from pipeline.bench import cases
 from pipeline.bench.damage import scores_of
 from pipeline.bench.rates import show
 from pipeline.config import TuneConfig, compose
 from pipeline.contracts import Goal, LabelledRequest
 from pipeline.errors import SettingsError, UserError
 from pipeline.records import read_json
+from pipeline.terminal import View
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 ROWS = (
@@ -33,7 +35,6 @@ ROWS = (
 )
 BYTES = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5}
 """Of a precision, as a share of float32's."""
-PLACES = ("checkpoint=", "inputs=", "paths.", "study.name=")
 NOT_FINITE = "not finite"
 FIGURES = ("auc", "gauc", "auc_loss_upper", "gauc_loss_upper", "calibration_drift", "auc_users")
 
@@ -42,21 +43,14 @@ Row = dict[str, Any]
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table, keep it and write the report."""
-    from pipeline.terminal import View
-
     chosen = [a.partition("=")[2] for a in arguments if a.startswith("recipes=")]
     rows = tuple(yaml.safe_load(chosen[-1])) if chosen else ROWS
     if not rows or (unknown := sorted(set(rows) - set(ROWS))):
         raise UserError(f"bench recipes takes recipes out of {', '.join(ROWS)}, got {', '.join(map(str, unknown)) if rows else 'none'}")
     overrides = [a for a in arguments if not a.startswith("recipes=")]
     config, _ = compose(overrides, "bench recipes")
-    with View(("data", "training", "requests", "recipes")) as view:
-        with view.stage("data"):
-            prepared = None if config.checkpoint and config.inputs else stages.prepare(config, view.line)
-        with view.stage("training"):
-            checkpoint = stages.train(config, prepared, view.line)
-        with view.stage("requests"):
-            inputs = stages.requests(config, prepared, checkpoint, view.line)
+    with View((*cases.STEPS, "recipes")) as view:
+        checkpoint, inputs = cases.trained(config, view)
         with view.stage("recipes"):
             found: list[Row] = []
             for name in rows:  # what there is is kept: a large model takes minutes a row
@@ -67,15 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _case(config: TuneConfig, arguments: Sequence[str], checkpoint: stages.Checkpoint, rows: Sequence[Row]) -> Row:
-    return {
-        # Less where things lie on this machine: the command that makes all of it elsewhere.
-        "command": " ".join(["python -m pipeline bench recipes", *(a for a in arguments if not a.startswith(PLACES))]),
-        "model": dict(checkpoint.model),
-        "training": {name: value for name, value in _told(checkpoint.folder).items() if name in ("train_seconds", "epochs", "parameters")},
-        "heads": list(checkpoint.heads),
-        "margin": config.goal.accuracy_margin,
-        "rows": list(rows),
-    }
+    return {**cases.described("recipes", config, arguments, checkpoint, _told(checkpoint.folder)), "rows": list(rows)}
 
 
 def measure(
@@ -120,33 +106,15 @@ def judge(samples: Sequence[LabelledRequest], scores: Sequence[Any], expected: S
 
 def keep(folder: Path, name: str, case: Mapping[str, Any]) -> None:
     """Put a case into results.json, in place of one of its name, and write report.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
-    cases = json.loads(path.read_text()) if path.is_file() else {}
-    cases[name] = case
-    path.write_text(json.dumps(cases, indent=1, sort_keys=True) + "\n")
-    (folder / "report.md").write_text(report(cases))
+    found = cases.gathered(folder, name, case)
+    (folder / "report.md").write_text(report(found))
 
 
-def report(cases: Mapping[str, Mapping[str, Any]]) -> str:
+def report(kept: Mapping[str, Mapping[str, Any]]) -> str:
     """All cases in Markdown."""
     lines = ["# What each recipe costs in accuracy", "", INTRODUCTION, ""]
-    for name, case in sorted(cases.items()):
-        header, rows = _summary(case)
-        model = case["model"]
-        trained = ", ".join(f"{figure.replace('_', ' ')} {value:.3g}" for figure, value in case["training"].items())
-        lines += [
-            f"## {name}",
-            "",
-            f"d_model {model['d_model']}, {model['layers']} layers; {trained or 'a checkpoint that was given'}. Margin {case['margin']:g}.",
-            "",
-            f"    {case['command']}",
-            "",
-            *_table(header, rows),
-            "",
-            *_table(*_details(case)),
-            "",
-        ]
+    for name, case in sorted(kept.items()):
+        lines += [*cases.heading(name, case), *cases.table(*_summary(case)), "", *cases.table(*_details(case)), ""]
     return "\n".join(lines)
 
 
@@ -186,10 +154,6 @@ def _details(case: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, 
             fine = (_number(found[kind], ".1e") for kind in ("auc_loss_upper", "gauc_loss_upper", "calibration_drift"))
             rows.append((row["name"], head, *plain, *fine, _number(found["auc_users"], ",.0f")))
     return header, rows
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
 
 
 def _worst(head: Mapping[str, Any]) -> str:
