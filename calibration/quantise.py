@@ -8,7 +8,6 @@ quantiser is imported inside functions, because it takes seconds.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -290,10 +289,5 @@ def _seal(out: Path, config: dict[str, Any]) -> None:
     """config.json, then the manifest with the sha256 of every file."""
     (out / CONFIG).write_text(json.dumps(config, indent=1))
     names = [name for name in (GRAPH, data_file(out / GRAPH).name, WEIGHTS, STATE, CONFIG) if (out / name).is_file()]
-    hashes = {name: _sha256(out / name) for name in names}
+    hashes = {name: checkpoints.sha256(out / name) for name in names}
     (out / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -45,7 +45,7 @@ def save(folder: Path, model: MTGR, extra: Mapping[str, Any] | None = None) -> N
         config = {"model": model.config.to_dict(), "schema": asdict(model.schema), "extra": dict(extra or {})}
         (draft / CONFIG).write_text(json.dumps(config, indent=1))
         save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, draft / WEIGHTS)
-        hashes = {name: _sha256(draft / name) for name in (CONFIG, WEIGHTS)}
+        hashes = {name: sha256(draft / name) for name in (CONFIG, WEIGHTS)}
         (draft / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1))
         for name in (CONFIG, WEIGHTS, MANIFEST):
             _flush(draft / name)
@@ -129,7 +129,7 @@ def _manifest(folder: Path) -> dict[str, str]:
 
 def _check(folder: Path, name: str, hashes: Mapping[str, str]) -> None:
     path = folder / name
-    found = _sha256(path) if path.is_file() else "no such file"
+    found = sha256(path) if path.is_file() else "no such file"
     if found != hashes[name]:
         raise CheckpointError(f"{path} is not what was written: expected sha256 {hashes[name]}, found {found}; train or fetch the checkpoint again")
 
@@ -159,7 +159,8 @@ def _require_finite(name: str, tensor: torch.Tensor, folder: Path) -> None:
         raise CheckpointError(f"weights must be finite, but {name} has {bad} that are not in {folder}; train it again")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

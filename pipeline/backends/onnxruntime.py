@@ -10,7 +10,6 @@ loaded. The runtime falls back to the CPU where CUDA cannot be had, with no erro
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -106,7 +105,7 @@ class OnnxRuntimeBackend:
             "operators": operators,
             "integer_kernels": integer,
             "byte_tables": _byte_tables(out / GRAPH),
-            "files": {file.name: _sha256(file) for file in sorted(out.glob(f"{GRAPH}*"))},
+            "files": {file.name: quantised.sha256(file) for file in sorted(out.glob(f"{GRAPH}*"))},
         }
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
@@ -243,12 +242,7 @@ def _read_manifest(engine: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} does not describe an engine of this version ({error}); build it again") from error
     for name, expected in files.items():
-        found = _sha256(engine / name) if (engine / name).is_file() else "no such file"
+        found = quantised.sha256(engine / name) if (engine / name).is_file() else "no such file"
         if found != expected:
             raise ArtifactError(f"{engine / name} is not what was built: expected sha256 {expected}, found {found}; build it again")
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -48,7 +48,7 @@ def read(checkpoint: Path, recipe: str) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint} is not a whole quantised checkpoint ({error}); quantise again") from error
     for name, expected in hashes.items():
-        found = _sha256(checkpoint / name) if (checkpoint / name).is_file() else "no such file"
+        found = sha256(checkpoint / name) if (checkpoint / name).is_file() else "no such file"
         if found != expected:
             raise CheckpointError(f"{checkpoint / name} is not what was written: expected sha256 {expected}, found {found}; quantise again")
     if made != recipe:
@@ -79,6 +79,7 @@ def _config(checkpoint: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

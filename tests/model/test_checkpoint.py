@@ -156,4 +156,4 @@ def test_weights_that_are_no_numbers_are_refused(folder: Path, value: float, whe
 
 def rehash(folder: Path) -> None:
     """Make the manifest fit what now lies in the folder."""
-    (folder / "manifest.json").write_text(json.dumps({"files": {name: checkpoint._sha256(folder / name) for name in FILES[:2]}}))
+    (folder / "manifest.json").write_text(json.dumps({"files": {name: checkpoint.sha256(folder / name) for name in FILES[:2]}}))

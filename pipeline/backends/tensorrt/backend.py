@@ -6,7 +6,6 @@ hashes, flavour, version and target before anything is deserialised. Numerics ar
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +162,7 @@ BACKEND = TensorRT()
 def opened(folder: Path, built: EngineFile) -> tuple[Flavour, Any]:
     """The engine in `folder` on this machine's GPU. Raises ArtifactError where it is broken, or of another flavour, version or GPU."""
     for name, expected in built.details["files"].items():
-        there = _sha256(folder / name) if (folder / name).is_file() else "no such file"
+        there = quantised.sha256(folder / name) if (folder / name).is_file() else "no such file"
         if there != expected:
             raise ArtifactError(f"{folder / name} is not what was built: expected sha256 {expected}, found {there}; build it again")
     found, compatible = installed(), bool(built.settings["build.version_compatible"])
@@ -177,7 +176,7 @@ def files(folder: Path) -> dict[str, str]:
     """sha256 of what a load reads, and of the ONNX file that its numerics are proved on, with what lies beside it."""
     from model.onnx.files import parts
 
-    return {path.name: _sha256(path) for path in (folder / ENGINE, *parts(folder / GRAPH))}
+    return {path.name: quantised.sha256(path) for path in (folder / ENGINE, *parts(folder / GRAPH))}
 
 
 def exported(checkpoint: Path, recipe: str, path: Path, form: Form) -> tuple[FeatureSchema, int]:
@@ -260,8 +259,3 @@ def _check_serving(settled: Settings, built: Settings) -> None:
         raise SettingsError(
             f"the engine's profiles have room for a serve.bucket of {LONGEST_BUCKET} at most, got {settled['serve.bucket']}; lower it"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
