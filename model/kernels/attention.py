@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.kernels.activation import silu
+from model.kernels.chain import chained, follow
 from model.kernels.tiles import COLUMNS, HEAD_WIDTHS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +42,9 @@ def _forward(
     q_stride, kv_stride, out_stride, split_stride, table_stride, heads, alpha, scale,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, COLUMNS: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
+    follow(CHAIN)
     head = tl.program_id(0) % heads
     tile = tiles_ptr + tl.program_id(0) // heads * COLUMNS
     split = tl.program_id(1)
@@ -55,7 +58,8 @@ def _forward(
     q = tl.load(q_ptr + (row + m).to(tl.int64)[:, None] * q_stride + head * WIDTH + d[None, :], mask=valid[:, None], other=0.0)
     limit = tl.load(limit_ptr + row + m, mask=valid, other=0)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    if (own_row >= 0) & (split == 0):  # first, while the loops' registers are not yet taken
+    # First, while the loops' registers are not yet taken; in the last split, which has the fewest keys.
+    if (own_row >= 0) & (split == SPLITS - 1):
         own_at = (own_row + m).to(tl.int64)[:, None] * kv_stride + head * WIDTH + d[None, :]
         k = tl.load(k_ptr + own_at, mask=valid[:, None], other=0.0).to(tl.float32)
         v = tl.load(v_ptr + own_at, mask=valid[:, None], other=0.0).to(tl.float32)
@@ -112,12 +116,14 @@ def shape(width: int, dtype: torch.dtype, block_m: int) -> Shape:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, limit: Tensor, *, heads: int, block_m: int, alpha: float, scale: float,
     cache: Tensor | None = None, table: Tensor | None = None, splits: int = 1, out_dtype: torch.dtype | None = None, tf32: bool = False,
+    summed: bool = True,
 ) -> Tensor:  # fmt: skip
     """[Q, heads * width] queries, [T, heads * width] keys and values -> [Q, heads * width], in `out_dtype` (that of `q`).
 
     `tiles` [n, 8] and `limit` [Q] are int32 as of `tiles.query_tiles`. With `cache` [blocks, 2, page, heads, width] and the block `table`
     [B, pages] the history's keys are those of the pages, of the type of `q` or fp8 (E4M3), and `k`, `v` hold only the candidates' own. `splits` cut
-    each tile's keys among as many programs, for few queries over long histories. Rows that no tile covers come out unwritten.
+    each tile's keys among as many programs, for few queries over long histories; unless `summed`, their float32 results come out as they are,
+    [splits, Q, heads * width], for whoever reads them next to add (`norms.gated_norm` does). Rows that no tile covers come out unwritten.
     Raises ValueError for what does not fit.
     """
     width = check(q, k, v, tiles, limit, heads, block_m, cache, table)
@@ -140,9 +146,11 @@ def forward(
             q.stride(0), k.stride(0), out.stride(1), out.stride(0), blocks_stride, heads, alpha, scale,
             WIDTH=width, BLOCK_M=how.block_m, BLOCK_N=block_n, SPLITS=splits, PAGE=page,
             FAST=q.dtype != torch.float32 and not interpreted, PRECISION="tf32" if tf32 else "ieee", STAGES=how.stages, COLUMNS=COLUMNS,
-            num_warps=how.warps,
+            CHAIN=chained(q.device), num_warps=how.warps, launch_pdl=chained(q.device),
         )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(dim=0).to(out_type)
+    if splits == 1:
+        return out[0]
+    return out.sum(dim=0).to(out_type) if summed else out
 
 
 def _rows(x: Tensor, block: int, width: int) -> TensorDescriptor:

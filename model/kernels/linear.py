@@ -8,6 +8,7 @@ sums are float32. One program walks over several output tiles, so that the next 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.kernels.activation import silu
+from model.kernels.chain import chained, follow
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float16, FP8)
@@ -23,19 +25,26 @@ REST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
+def _place(tile, down, across, GROUP: tl.constexpr):
+    """Tiles go down GROUP rows before they go across: what lies in the cache is used again."""
+    band = tile // (GROUP * across)
+    height = min(down - band * GROUP, GROUP)
+    return band * GROUP + (tile % (GROUP * across)) % height, (tile % (GROUP * across)) // height
+
+
+@triton.jit
 def _linear(
     x_tiles, w_tiles, add_tiles, out_tiles, bias_ptr, x_scale_ptr, w_scale_ptr, rows, columns, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     SILU: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, HALVES: tl.constexpr, FAST: tl.constexpr, STAGES: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(not (ADD and HALVES), "the residual is added to whole tiles only")
+    follow(CHAIN)
     down, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True):
-        # Tiles go down GROUP rows before they go across: what lies in the cache is used again.
-        band = tile // (GROUP * across)
-        height = min(down - band * GROUP, GROUP)
-        row = (band * GROUP + (tile % (GROUP * across)) % height) * BLOCK_M
-        column = (tile % (GROUP * across)) // height * BLOCK_N
+        row, column = _place(tile, down, across, GROUP)
+        row, column = row * BLOCK_M, column * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
             x, w = x_tiles.load([row, k]), w_tiles.load([column, k])
@@ -59,6 +68,64 @@ def _linear(
             out_tiles.store([row, column], acc.to(out_tiles.dtype))
 
 
+@triton.jit
+def _linear_few(
+    x_tiles, w_tiles, out_tiles, rest_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, w_ptr, rows, columns, depth,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SILU: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, FAST: tl.constexpr, STAGES: tl.constexpr,
+    CHAIN: tl.constexpr, FETCH: tl.constexpr,
+):  # fmt: skip
+    """One tile a program, for so few that no program has two: what the epilogue reads is on its way before the products begin."""
+    row, column = _place(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
+    row, column = row * BLOCK_M, column * BLOCK_N
+    if FETCH:  # of the weights into the second-level cache, while the kernel before still runs
+        line = tl.arange(0, BLOCK_N)[:, None] * depth + tl.arange(0, FETCH)[None, :] * (depth // FETCH)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [w_ptr + column * depth + line], dtype=tl.int32, is_pure=False, pack=1
+        )
+    follow(CHAIN)
+    m, n = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    bias = tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)
+    if SCALED:
+        x_scale = tl.load(x_scale_ptr + m, mask=m < rows, other=0.0)
+        w_scale = tl.load(w_scale_ptr + n, mask=n < columns, other=0.0)
+    if ADD:
+        rest = tl.load(rest_ptr + m.to(tl.int64)[:, None] * columns + n[None, :], mask=(m < rows)[:, None] & (n < columns)[None, :], other=0.0)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
+        x, w = x_tiles.load([row, k]), w_tiles.load([column, k])
+        acc = tl.dot(x, w.T, acc)
+    if SCALED:
+        acc = acc * x_scale[:, None] * w_scale[None, :]
+    acc += bias[None, :]
+    if SILU:
+        acc = silu(acc, FAST)
+    if ADD:
+        acc += rest.to(tl.float32)
+    out_tiles.store([row, column], acc.to(out_tiles.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How a product is cut; each found by measurement (reports/h200-kernels)."""
+
+    m: int
+    n: int
+    k: int
+    """Bytes of a row, of either side, that are loaded at once."""
+    stages: int
+    warps: int
+    walk: bool
+    """Whether a program goes over several tiles, the next one's loads overlapping the last one's epilogue; else there is one a tile."""
+
+
+def usual(columns: int, rest: torch.dtype | None) -> Tiles:
+    """For many rows."""
+    n = min(256 if rest is None else 128, triton.next_power_of_2(columns))
+    # Residual rows of half the bytes leave room for one more stage of operands (H200: 7 % off the product).
+    return Tiles(m=128, n=n, k=128, stages=3 if rest is None or rest == torch.float32 else 4, warps=8, walk=True)
+
+
 def linear_silu(x: Tensor, weight: Tensor, bias: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """silu(x @ weight.T + bias): [M, K], [N, K], [N] -> [M, N] of `out_dtype`. Raises ValueError for what does not fit."""
     return _run(x, weight, bias, x_scale, w_scale, None, out_dtype)
@@ -77,24 +144,39 @@ def _run(
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
     if not rows:
         return out
-    block_n = min(256, triton.next_power_of_2(columns)) if rest is None else min(128, triton.next_power_of_2(columns))
-    block_m = 128
-    block_k = 128 // x.element_size()
-    halves = block_n == 256
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
-    programs = min(tiles, _processors(x.device))
-    part = [block_m, block_n // 2 if halves else block_n]
+    how = chosen(rows, columns, None if rest is None else rest.dtype, _processors(x.device))
+    block_k = how.k // x.element_size()
+    halves = how.n == 256
+    tiles = triton.cdiv(rows, how.m) * triton.cdiv(columns, how.n)
+    part = [how.m, how.n // 2 if halves else how.n]
     out_tiles = TensorDescriptor.from_tensor(out, part)
-    _linear[(programs,)](
-        TensorDescriptor.from_tensor(x, [block_m, block_k]), TensorDescriptor.from_tensor(weight, [block_n, block_k]),
-        out_tiles if rest is None else TensorDescriptor.from_tensor(rest, part), out_tiles, bias,
-        bias if x_scale is None else x_scale, bias if w_scale is None else w_scale, rows, columns, depth,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8, PROGRAMS=programs,
-        SILU=rest is None, ADD=rest is not None, SCALED=x_scale is not None, HALVES=halves, FAST=x.is_cuda,
-        # Residual rows of half the bytes leave room for one more stage of operands (H200: 7 % off the product).
-        STAGES=3 if rest is None or rest.dtype == torch.float32 else 4, num_warps=8,
-    )  # fmt: skip
+    x_tiles, w_tiles = TensorDescriptor.from_tensor(x, [how.m, block_k]), TensorDescriptor.from_tensor(weight, [how.n, block_k])
+    given = bias, bias if x_scale is None else x_scale, bias if w_scale is None else w_scale
+    chain = chained(x.device)
+    options = {
+        "BLOCK_M": how.m, "BLOCK_N": how.n, "BLOCK_K": block_k, "GROUP": 8, "SILU": rest is None, "ADD": rest is not None,
+        "SCALED": x_scale is not None, "FAST": x.is_cuda, "STAGES": how.stages, "CHAIN": chain, "num_warps": how.warps, "launch_pdl": chain,
+    }  # fmt: skip
+    if how.walk:
+        programs = _processors(x.device)
+        _linear[(min(tiles, programs),)](
+            x_tiles, w_tiles, out_tiles if rest is None else TensorDescriptor.from_tensor(rest, part), out_tiles, *given, rows, columns, depth,
+            PROGRAMS=programs, HALVES=halves, **options,
+        )  # fmt: skip
+    else:
+        _linear_few[(tiles,)](
+            x_tiles, w_tiles, out_tiles, bias if rest is None else rest, *given, weight, rows, columns, depth,
+            FETCH=depth * x.element_size() // 128 if chain and FETCH else 0, **options,
+        )  # fmt: skip
     return out
+
+
+FETCH = False
+
+
+def chosen(rows: int, columns: int, rest: torch.dtype | None, processors: int) -> Tiles:
+    """The fastest known for a product of so many rows and columns, onto residual rows of type `rest` if there are any."""
+    return usual(columns, rest)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.chain import chained, follow
 from model.kernels.norms import LARGEST
 from model.packing import CANDIDATE
 
@@ -18,7 +19,9 @@ from model.packing import CANDIDATE
 def _write(
     k_ptr, v_ptr, slot_ptr, kind_ptr, cache_ptr, k_stride, v_stride,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, CANDIDATE: tl.constexpr, LARGEST: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
+    follow(CHAIN)
     row = tl.program_id(0).to(tl.int64)
     if tl.load(kind_ptr + row) == CANDIDATE:
         return
@@ -46,7 +49,9 @@ def write(k: Tensor, v: Tensor, slots: Tensor, kind: Tensor, cache: Tensor) -> N
     if len(slots) < rows or len(kind) < rows or not cache.is_contiguous():
         raise ValueError(f"each of {rows} rows has a slot and a kind, and pages are contiguous; got {len(slots)} and {len(kind)}")
     if rows:
+        chain = chained(k.device)
         _write[(rows,)](
             k, v, slots, kind, cache, k.stride(0), v.stride(0), WIDTH=width, PADDED=triton.next_power_of_2(width), PAGE=cache.shape[2],
-            CANDIDATE=CANDIDATE, LARGEST=LARGEST if cache.dtype == torch.float8_e4m3fn else 0, num_warps=1,
+            CANDIDATE=CANDIDATE, LARGEST=LARGEST if cache.dtype == torch.float8_e4m3fn else 0, CHAIN=chain,
+            num_warps=1, launch_pdl=chain,
         )  # fmt: skip
