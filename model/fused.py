@@ -51,6 +51,7 @@ class Norm(nn.Module):
         return ops.group_norm(x, kind, self.gamma, self.beta, self.eps, self.dtype, self.given)
 
     def gated(self, x: Tensor, gate: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` may be [parts, n, width]."""
         return ops.gated_norm(x, gate, 1.0, kind, self.gamma, self.beta, self.eps, self.dtype, self.given)
 
 
@@ -135,7 +136,7 @@ class Block(nn.Module):
         return self.merge.add(self.norm2.gated(seen, u, mask.kind.index_select(0, rows)), x.index_select(0, rows))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, limit: Tensor, mask: Mask) -> Tensor:
-        """[Q, width] rows of all tokens or of the candidates, as `tiles` and `limit` are."""
+        """[Q, width] rows of all tokens or of the candidates, as `tiles` and `limit` are; a subclass may give [parts, Q, width], to be added."""
         return ops.attention(q, k, v, tiles, tiles[:0], limit, self.heads, mask.block, self.alpha, self.scale, self.tf32)
 
 

@@ -104,12 +104,12 @@ def group_norm(x: Tensor, kind: Tensor, gamma: Tensor, beta: Tensor, eps: float,
 def gated_norm(
     x: Tensor, gate: Tensor, factor: float, kind: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype, given: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`model.kernels.norms.gated_norm`."""
+    """`model.kernels.norms.gated_norm`; rows that come in parts, [summands, n, width], have no gradient."""
     return _norms.gated_norm(x, gate, factor, kind, gamma, beta, eps, dtype, given)
 
 
-def _norm_shapes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0] if dtype == _linear.FP8 else 0, dtype=torch.float32)
+def _norm_shapes(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape, dtype=dtype), rows.new_empty(rows.shape[0] if dtype == _linear.FP8 else 0, dtype=torch.float32)
 
 
 @group_norm.register_fake
@@ -121,7 +121,7 @@ def _(x: Tensor, kind: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: t
 def _(
     x: Tensor, gate: Tensor, factor: float, kind: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype, given: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _norm_shapes(x, dtype)
+    return _norm_shapes(gate, dtype)
 
 
 @torch.library.custom_op("mtgr::norm_backward", mutates_args=())

@@ -314,6 +314,5 @@ def _kernels() -> int:
     """Kernels that Triton has compiled or loaded in this process."""
     from model.kernels import attention, linear, norms
 
-    return sum(
-        len(cache[0]) for module in (attention._forward, linear._linear, norms._norm) for cache in getattr(module, "device_caches", {}).values()
-    )
+    kernels = attention._forward, linear._linear, linear._linear_few, norms._norm
+    return sum(len(cache[0]) for kernel in kernels for cache in getattr(kernel, "device_caches", {}).values())

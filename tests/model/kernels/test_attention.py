@@ -24,9 +24,10 @@ def oracle(case: Case, qkv: torch.Tensor | None = None) -> torch.Tensor:
 def run(case: Case, splits: int = 1, tiles: torch.Tensor | None = None, limit: torch.Tensor | None = None) -> torch.Tensor:
     limit = on_device(case.limit) if limit is None else limit
     tiles = case.tiles() if tiles is None else tiles
-    return attention.forward(
+    got = attention.forward(
         *case.parts, tiles, limit, heads=case.heads, block_m=case.block, alpha=case.alpha, scale=SCALE, splits=splits, out_dtype=torch.float32
     )
+    return got.sum(dim=0) if splits > 1 else got
 
 
 def pages_of(case: Case, page: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,10 +50,11 @@ def paged_kernel(
     case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor, limit: torch.Tensor, cache: torch.Tensor, table: torch.Tensor,
     splits: int = 1,
 ) -> torch.Tensor:  # fmt: skip
-    return attention.forward(
+    got = attention.forward(
         q, k, v, tiles, limit, heads=case.heads, block_m=case.block, alpha=case.alpha, scale=SCALE, cache=cache, table=table, splits=splits,
         out_dtype=torch.float32,
     )  # fmt: skip
+    return got.sum(dim=0) if splits > 1 else got
 
 
 def last_layer(case: Case, page: int, rng: np.random.Generator, splits: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,6 +108,36 @@ def test_keys_from_pages_agree_with_the_oracle(page: int, seed: int) -> None:
         if case.candidates.any():
             got, wanted = last_layer(case, page, rng, splits=1 + seed)
             assert distance(got, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("splits", "fp8"), [(1, False), (4, False), (2, True)])
+def test_long_histories_in_large_pages(splits: int, fp8: bool) -> None:
+    """Of more than one tile of keys, in the tiles of half precision."""
+    rng = np.random.default_rng(304)
+    case = random_case(rng, torch.float16, width=64 if fp8 else 32, most=400)
+    if fp8:
+        case.qkv.copy_(case.qkv.to(torch.float8_e4m3fn))
+    q, k, v = (part.contiguous() for part in case.parts)
+    cache, table = pages_of(case, 128, rng)
+    assert case.history.max() > 256
+    assert attention.shape(case.width, q.dtype, case.block, 128).block_n == 128
+    cache = cache.to(torch.float8_e4m3fn) if fp8 else cache
+    got = paged_kernel(case, q, k, v, case.tiles(), on_device(case.limit), cache, table, splits)
+    assert distance(got, oracle(case)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "page", "cut"),
+    [
+        (torch.bfloat16, 64, 0, (64, 4)), (torch.bfloat16, 64, 256, (128, 6)), (torch.float16, 32, 128, (128, 6)), (torch.float16, 64, 64, (64, 8)),
+        (torch.float16, 64, 16, (16, 8)), (torch.float16, 128, 128, (64, 3)), (torch.float16, 256, 128, (64, 2)), (torch.float32, 64, 128, (32, 2)),
+        (torch.float32, 64, 16, (16, 2)),
+    ],
+)  # fmt: skip
+def test_tiles_of_keys_lie_within_a_page_and_fit(dtype: torch.dtype, width: int, page: int, cut: tuple[int, int]) -> None:
+    for rows in (64, 128):
+        how = attention.shape(width, dtype, rows, page)
+        assert (how.block_n, how.stages) == cut
 
 
 def test_rows_outside_a_request_are_never_looked_at() -> None:

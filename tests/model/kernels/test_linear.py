@@ -8,9 +8,13 @@ from torch.nn import functional
 
 from model.kernels import linear, norms, ops
 from model.kernels.linear import FP8
+from model.kernels.norms import cut
 from tests.model.kernels.cases import DEVICE, DTYPES, TOLERANCE, distance
 
 SHAPES = ((5, 64, 64), (130, 128, 256), (300, 192, 512), (7, 96, 48))
+PROCESSORS = 3
+CUTS = ((5, 336, 72), (5, 336, 184), (70, 336, 184), (130, 336, 184))
+"""Rows, depth and columns of which so many processors take each of SMALL, in its order."""
 HALF = [dtype for dtype in DTYPES if dtype != torch.float32]
 
 
@@ -43,6 +47,35 @@ def test_fp8_with_a_scale_a_row_of_either_side(shape: tuple[int, int, int]) -> N
     assert distance(linear.linear_add(small, narrow, bias, *scales, rest), rest + exact) < 1e-3
 
 
+@pytest.mark.parametrize("rest", [None, *DTYPES])
+@pytest.mark.parametrize("dtype", [*HALF, FP8])
+@pytest.mark.parametrize("number", range(len(CUTS)))
+def test_every_cut_of_few_rows(number: int, dtype: torch.dtype, rest: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, depth, columns = CUTS[number]
+    assert linear.chosen(rows, columns, rest, PROCESSORS) == linear.SMALL[number][1]
+    monkeypatch.setattr(linear, "_processors", lambda device: PROCESSORS)
+    x, weight, bias, residual = inputs(rows, depth, columns, torch.float32 if dtype == FP8 else dtype)
+    x_scale, w_scale, wide = None, None, [x.double(), weight.double()]
+    if dtype == FP8:
+        x_scale, w_scale = (t.abs().amax(dim=1) / norms.LARGEST for t in (x, weight))
+        x, weight = (x / x_scale[:, None]).to(FP8), (weight / w_scale[:, None]).to(FP8)
+        wide = [x.double() * x_scale[:, None], weight.double() * w_scale[:, None]]
+    wanted = functional.linear(*wide, bias.double())
+    if rest is None:
+        kind = HALF[-1]
+        assert distance(linear.linear_silu(x, weight, bias, x_scale, w_scale, kind), functional.silu(wanted)) < TOLERANCE[kind]
+    else:
+        got = linear.linear_add(x, weight, bias, x_scale, w_scale, residual.to(rest))
+        assert got.dtype == rest
+        assert distance(got, residual.to(rest) + wanted) < (1e-5 if dtype != FP8 else 1e-3) + (0 if rest == torch.float32 else TOLERANCE[rest])
+
+
+def test_many_rows_are_walked_over() -> None:
+    for rows, columns, rest in ((2048, 4096, None), (4096, 1024, torch.bfloat16), (4096, 1024, torch.float32)):
+        assert linear.chosen(rows, columns, rest, 132) == linear.usual(columns, rest)
+    assert linear.usual(4096, None).walk
+
+
 @pytest.mark.parametrize("width", [32, 48, 192, 1024])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_by_kind_plain_and_gated(width: int, dtype: torch.dtype) -> None:
@@ -62,6 +95,29 @@ def test_norms_by_kind_plain_and_gated(width: int, dtype: torch.dtype) -> None:
     assert distance(gated, oracle(x.double() * gate.double() * 0.25)) < TOLERANCE[dtype]
     swapped, _ = norms.group_norm(x, (kind + 1) % 4, gamma, beta, 1e-6, dtype)
     assert distance(swapped, oracle(x.double())) > 0.1
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("few", [False, True])
+def test_a_gated_norm_adds_what_came_in_parts(count: int, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(count)
+    monkeypatch.setattr(norms, "cut", lambda rows, gated: cut(16 if few else 10_000, gated))
+    parts, gate = torch.randn(count, 19, 192, device=DEVICE), torch.randn(19, 400, device=DEVICE)[:, 8:200].half()
+    kind = torch.randint(0, 4, (19,), dtype=torch.int32, device=DEVICE)
+    gamma, beta = torch.randn(4, 192, device=DEVICE), torch.randn(4, 192, device=DEVICE)
+    value = parts.double().sum(dim=0) * gate.double() * 0.25
+    wanted = functional.layer_norm(value, (192,), eps=1e-6) * gamma.double()[kind.long()] + beta.double()[kind.long()]
+    got, _ = norms.gated_norm(parts, gate, 0.25, kind, gamma, beta, 1e-6, torch.float32)
+    assert got.shape == gate.shape
+    assert distance(got, wanted) < 2e-6
+    assert torch.equal(got, norms.gated_norm(parts, gate, 0.25, kind, gamma, beta, 1e-6, torch.float32)[0])
+    small, scale = norms.gated_norm(parts, gate, 0.25, kind, gamma, beta, 1e-6, FP8)
+    assert distance(small.double() * scale[:, None], wanted) < 0.04
+
+
+def test_few_rows_have_more_warps_and_those_without_a_gate_fewer_rows() -> None:
+    assert cut(128, True) == cut(128, False) == (4, True)
+    assert (cut(1024, True), cut(1024, False), cut(2048, True)) == ((4, True), (1, False), (1, False))
 
 
 @pytest.mark.parametrize("given", [None, 0.05])
@@ -96,6 +152,10 @@ def test_bad_input_is_refused_before_a_launch() -> None:
         linear.linear_add(x, weight, bias, None, None, rest[:, :-1])
     with pytest.raises(ValueError, match=r"float32, bfloat16, float16; got torch\.float64"):
         linear.linear_add(x, weight, bias, None, None, rest.double())
+    kinds, pair = torch.zeros(4, dtype=torch.int32, device=DEVICE), torch.ones(4, 64, device=DEVICE)
+    for parts, gate in ((rest[None][:0], rest), (torch.stack([rest, rest]), rest[:3])):
+        with pytest.raises(ValueError, match="gate is shaped like x"):
+            norms.gated_norm(parts, gate, 1.0, kinds, pair, pair, 1e-6, torch.float16)
     with pytest.raises(ValueError, match="kind is"):
         norms.group_norm(rest, torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.ones(4, 64), torch.ones(4, 64), 1e-6, torch.float32)
 

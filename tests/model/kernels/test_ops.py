@@ -25,6 +25,8 @@ def test_operators_pass_opcheck() -> None:
     kind, pair = torch.zeros(6, dtype=torch.int32, device=DEVICE), torch.ones(4, 64, device=DEVICE)
     torch.library.opcheck(ops.group_norm, (rest, kind, pair, pair, 1e-6, torch.float16, None))
     torch.library.opcheck(ops.gated_norm, (rest, rest, 0.5, kind, pair, pair, 1e-6, torch.float16, None))
+    torch.library.opcheck(ops.gated_norm, (torch.stack([rest, rest]), rest.half(), 0.5, kind, pair, pair, 1e-6, torch.float16, None))
+    torch.library.opcheck(ops.gated_norm, (torch.stack([rest, rest]), rest.half(), 0.5, kind, pair, pair, 1e-6, torch.float8_e4m3fn, None))
     rows, gate, gamma, beta = (t.clone().requires_grad_() for t in (rest, rest, pair, pair))
     torch.library.opcheck(ops.group_norm, (rows, kind, gamma, beta, 1e-6, torch.float32, None))
     torch.library.opcheck(ops.gated_norm, (rows, gate, 0.5, kind, gamma, beta, 1e-6, torch.float32, None))

@@ -23,7 +23,8 @@ from pipeline.contracts import FeatureSchema
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PROGRAMS = 256
-"""Of attention that fill a GPU: with fewer, each query tile's keys are cut among several."""
+"""Of attention that fill a GPU: with fewer, each query tile's keys are cut among several, whose results the norm after them adds
+(reports/h200-kernels)."""
 
 
 class Pages(NamedTuple):

@@ -86,6 +86,28 @@ def test_which_steps_take_a_graph(engine: Engine, monkeypatch: pytest.MonkeyPatc
         assert taken == sizes
 
 
+def test_few_queries_share_keys_among_programs_whose_parts_the_norm_adds(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from model.kernels import attention
+
+    if engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.graphs is not None:
+        pytest.skip("where each step calls the kernel")
+    shapes: list[tuple[int, ...]] = []
+    forward = attention.forward
+
+    def watched(*arrays: Any, **options: Any) -> torch.Tensor:
+        parts = forward(*arrays, **options)
+        shapes.append(tuple(parts.shape))
+        return parts
+
+    monkeypatch.setattr(attention, "forward", watched)
+    user = random_request(np.random.default_rng(6), static=60, realtime=50, candidates=40)
+    assert worst(engine, [user]) < TOLERANCE
+    assert {shape[0] for shape in shapes} == {4}
+    assert {len(shape) for shape in shapes} == {3}
+    again = [engine.score([user])[0].scores for _ in range(2)]
+    assert np.array_equal(*again)
+
+
 def test_half_precision(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     requests = [random_request(rng, static=40, realtime=20, candidates=30), random_request(rng, static=0, realtime=30, candidates=3)]
