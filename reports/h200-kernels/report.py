@@ -1,4 +1,4 @@
-"""results.json of `measure.py` -> report.md beside it: python reports/h200-kernels/report.py"""
+"""results.json of `measure.py` and small.json of `small.py` -> report.md beside them: python reports/h200-kernels/report.py"""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def main() -> None:
     """Write report.md."""
     found: dict[str, Any] = json.loads((HERE / "results.json").read_text())
+    small: dict[str, Any] = json.loads((HERE / "small.json").read_text())
     machine, ceilings = found["machine"], {row["what"]: row["value"] for row in found["ceilings"]}
     bf16 = max(value for what, value in ceilings.items() if what.startswith("bf16"))
     fp8 = max(value for what, value in ceilings.items() if what.startswith("fp8"))
@@ -174,6 +175,7 @@ def main() -> None:
         "with the activation left out it takes 0.62 instead of 0.67 ms at batch 32, and a polynomial on the idle multipliers, two reciprocals in one or half-precision tanh all lose. "
         "Its two warp groups wait for each other at every tile, so products and activation hardly overlap; more programs a processor gain nothing, because then keys are "
         "fetched twice as often. Next: a Gluon kernel in which the next tile's scores are computed during this one's activation, and fp8 attention products.",
+        *_few(small),
         "## One layer of width 1,024 in bf16",
         table(["tokens", "batch", "layer", "ms"], [[str(r["length"]), str(r["batch"]), r["layer"], _number(r.get("ms"))] for r in layers]),
         "## Correctness on the chip",
@@ -184,6 +186,44 @@ def main() -> None:
         "Against the dense float64 oracle; the same tests run everywhere in Triton's interpreter.",
     ]
     (HERE / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf8")
+
+
+def _few(small: dict[str, Any]) -> list[str]:
+    """What few rows cost, in the tiles of many and in their own."""
+    counts = sorted({r["requests"] for r in small["stack"]})
+    stack = {(r["requests"], r["what"]): r["us"] for r in small["stack"]}
+    names = list(dict.fromkeys(r["what"] for r in small["stack"]))
+    first, last = (stack[1, name] for name in (names[0], names[-1]))
+    attention = {(r["requests"], r["block"], r["splits"], r["block_n"], r["stages"]): r["us"] for r in small["attention"]}
+    run = f"Of another run, {small['run']}. " if "run" in small else "Of another run. "
+    return [
+        "## Few rows, as with a cached history",
+        f"{run}24 layers of width 1,024 in bf16, requests of 128 candidates on 1,920 cached tokens in pages of 128, in one CUDA graph without the dense part: one request takes "
+        f"{last:.0f} instead of {first:.0f} us. Each line adds one choice to those above it.",
+        table(
+            ["choice", *(f"{count} request{'s' * (count > 1)}, us" for count in counts)],
+            [[n, *(f"{stack[c, n]:.0f}" for c in counts)] for n in names],
+        ),
+        "A product alone, us: its time in the tiles for many rows, in the fastest of the four small ones, and the library's without what follows it.",
+        table(
+            ["product", "rows", "tiles for many", "small tiles", "library"],
+            [
+                [
+                    f"{r['dtype'].split('_')[0]}, 1,024 to {r['columns']:,}, {'residual' if r['add'] else 'SiLU'}",
+                    str(r["rows"]),
+                    *(_number(min((t[-1] for t in r["times"] if t[5] == walk), default=None), 2) for walk in (True, False)),
+                    f"{r['library_us']:.2f}",
+                ]
+                for r in small["products"]
+            ],
+        ),
+        "Attention over pages alone, query tiles of 64 rows, keys uncut, us in tiles of 64 keys and 4 stages, of 64 and 8, of 128 and 6: "
+        + "; ".join(
+            f"{count} request{'s' * (count > 1)} " + ", ".join(f"{attention[count, 64, 1, *cut]:.1f}" for cut in ((64, 4), (64, 8), (128, 6)))
+            for count in sorted({r["requests"] for r in small["attention"]})
+        )
+        + ". A page's number is looked up before its keys can be fetched, and of such loads only half as many as stages are on their way.",
+    ]
 
 
 def _runs(found: dict[str, Any]) -> str:
