@@ -27,7 +27,7 @@ NEW, TRIED = 4.0, 12.0
 """The sampler's point after n others is expected to need an engine that nobody has made with a chance of NEW / (TRIED + n): about every third at
 first, half as often after a dozen, because the sampler settles and no space has many engines."""
 PRIOR = 4.0
-"""Trials, or new engines, that weigh as much as what is expected before any is seen."""
+"""Trials that weigh as much as what is expected before any is seen."""
 
 
 @dataclass(kw_only=True)
@@ -67,8 +67,8 @@ class Budget:
 
         The model: a trial takes what it makes for all that share its engine (`TrialRecord.made_s`), and what every trial takes. The latter is that
         of a whole window less what ending early saves, until trials say better. The former is expected of the points that are known (`planned`: under
-        way, presets, hints) where their engine is new, and of the sampler's by the chance that NEW states, corrected by how often it was so. Both
-        are those of the engines that the sampler is `_likely` to go on with. Half of the confirmation's windows are the baseline's.
+        way, presets, hints) where their engine is new, and of the sampler's by the chance that NEW states. Both are those of the engines that
+        the sampler is `_likely` to go on with. Half of the confirmation's windows are the baseline's.
 
         `windows` are those of the baseline. `flying`: number of a trial under way -> seconds since its start. `best`: engine of the best point so
         far, empty where none beats the baseline. Infinite where nothing is known yet. Not foretold: a second candidate's confirmation, repeats.
@@ -130,8 +130,7 @@ class Budget:
         new = {engine(*point): point[0] for point in coming if engine(*point) not in known}
         total = sum(_mean([r.made_s for r in makers if r.order.backend == backend]) or usual for backend in new.values())
         sampled = sum(r.order.role == "sampled" for r in records)
-        often = (sum(r.order.role == "sampled" for r in makers) + PRIOR) / (_new(0, sampled) + PRIOR)
-        return total + usual * often * _new(sampled, sampled + to_come - len(coming))
+        return total + usual * _new(sampled, sampled + to_come - len(coming))
 
     def _rest(self, record: TrialRecord) -> float:
         """Seconds of a trial without what it made."""

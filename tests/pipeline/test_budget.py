@@ -6,13 +6,14 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.budget import PUBLISH_S, Budget, busy_seconds
+from pipeline.budget import PUBLISH_S, SAVED, Budget, busy_seconds
 from pipeline.config import StudyConfig
-from pipeline.contracts import Measurement, Outcome
+from pipeline.contracts import Measurement, Outcome, Settings
 from pipeline.records import Order, TrialRecord
 
 FIRST_RUN = """
@@ -88,8 +89,8 @@ def told(table: str) -> list[tuple[float, float]]:
     return answers
 
 
-def budget(earlier: tuple[TrialRecord, ...] = (), **limits: float) -> Budget:
-    return Budget(config=StudyConfig(name="s", **{"trials": 10, **limits}), earlier=earlier)  # type: ignore[arg-type]
+def budget(earlier: tuple[TrialRecord, ...] = (), **limits: Any) -> Budget:
+    return Budget(config=StudyConfig(name="s", **{"trials": 10, **limits}), earlier=earlier)
 
 
 def test_trials_that_are_under_way_count() -> None:
@@ -122,6 +123,35 @@ def test_whichever_budget_is_spent_first_bounds_the_time_left() -> None:
     assert budget(minutes=0.5).seconds_left(done, window, {}, 1, 0) == pytest.approx(30 + PUBLISH_S, abs=1)
     assert budget().seconds_left(done, window, {4: 15.0}, 1, 0) == pytest.approx(7 * 20 + 5 + PUBLISH_S)
     assert budget().seconds_left([], [], {}, 1, 4) == math.inf
+
+
+def test_points_that_wait_pay_for_what_nobody_has_made() -> None:
+    windows = [trial(0, 0, 50, made=30), trial(1, 0, 20)]
+    known, new = ("fake", {"build.x": 0}), ("fake", {"build.x": 1})
+    plain = 2 * 20 + PUBLISH_S
+    assert budget(trials=2).seconds_left([], windows, {}, 1, 0, [known, known]) == pytest.approx(plain)
+    assert budget(trials=2).seconds_left([], windows, {}, 1, 0, [new, known]) == pytest.approx(plain + 30)
+    assert budget(trials=2).seconds_left([], windows, {}, 1, 0, [new, new]) == pytest.approx(plain + 30)  # the second finds what the first made
+    assert plain < budget(trials=2).seconds_left([], windows, {}, 1, 0) < plain + 30  # nobody knows what the sampler wants
+
+
+def test_what_may_end_early_is_expected_to_take_less_than_a_confirmation() -> None:
+    windows = [trial(0, 0, 20), trial(1, 0, 20)]
+    early = [replace(w, order=replace(w.order, measure={"decide_early": True, "peak_s": 2.0})) for w in windows]
+    assert budget().seconds_left([], windows, {}, 1, 6) == pytest.approx(16 * 20 + PUBLISH_S)
+    assert budget().seconds_left([], early, {}, 1, 6) == pytest.approx(16 * 20 - 10 * SAVED * (2 + 1000 / 250) + PUBLISH_S)
+
+
+def test_the_engine_that_leads_says_what_trials_cost_once_each_was_tried() -> None:
+    windows = [trial(0, 0, 24, "baseline", made=4), trial(1, 0, 20, "noise")]
+    presets = [trial(2, 0, 60, "preset", made=50, engine=("slow", 0)), trial(3, 0, 5, "preset")]
+    other = [("other", {"build.x": 0})]
+
+    def left(best: str, planned: list[tuple[str, Settings]], **changes: Any) -> float:
+        return budget(trials=3, **changes).seconds_left(presets, windows, {}, 1, 0, planned, best)
+
+    assert left("slow", []) > left("slow", [], sampler="tpe") > left("fake", [])
+    assert left("slow", other) == left("fake", other)
 
 
 def test_a_trial_costs_what_the_study_saw_and_not_what_its_child_did() -> None:
