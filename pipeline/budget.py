@@ -88,8 +88,8 @@ class Budget:
         search = (waiting * each + sum(landing)) / side + each * (side - 1) / (2 * side)
         limits = (self._minutes_left(), self._engine_seconds_left(records) / max(1, slots))
         search = min(search, max(0.0, min(limits)) + (max(landing, default=0.0) if min(limits) < math.inf else 0.0))
-        first = every[0].order.backend
-        return search + confirmations * (self._whole(every, {first}) + self._whole(every, {best or first})) / 2 + PUBLISH_S
+        pair = self._whole(windows, set()) + self._whole(every, {best or every[0].order.backend})
+        return search + confirmations / 2 * pair + PUBLISH_S
 
     def _likely(self, every: Sequence[TrialRecord], planned: Sequence[tuple[str, Settings]], best: str) -> set[str]:
         """Engines that the sampler's points are expected to be of: bayes goes on with the best one, once each was tried; others try all of them."""
@@ -99,7 +99,7 @@ class Budget:
         return {best} if best and tried.issuperset(backend for backend, _ in planned) else {every[0].order.backend}
 
     def _whole(self, every: Sequence[TrialRecord], likely: set[str]) -> float:
-        """Seconds of a trial of these engines that makes nothing and measures a whole window."""
+        """Seconds of a trial of these engines that makes nothing and measures a whole window; of any engine, where these have none."""
         found = [r for r in every if r.outcome is Outcome.MEASURED and "window/decided_early" not in r.metrics]
         return _mean([self._rest(r) for r in found if r.order.backend in likely]) or _mean([self._rest(r) for r in found or every])
 

@@ -152,6 +152,7 @@ def test_the_engine_that_leads_says_what_trials_cost_once_each_was_tried() -> No
 
     assert left("slow", []) > left("slow", [], sampler="tpe") > left("fake", [])
     assert left("slow", other) == left("fake", other)
+    assert budget(trials=2).seconds_left(presets, windows, {}, 1, 6, [], "slow") == pytest.approx(3 * 20 + 3 * 10 + PUBLISH_S)
 
 
 def test_a_trial_costs_what_the_study_saw_and_not_what_its_child_did() -> None:
