@@ -157,7 +157,7 @@ def check_scores(metrics: Mapping[str, float], settings: Settings, from_rounded:
     if unexplained > limit:
         raise SettingsError(
             f"{found}; those beyond {beyond:.2g} differ by up to {unexplained:.2g} from the fake-quantised network of the checkpoint too, at most "
-            f"{limit:g} may be: the engine computes something else for some requests; take another engine for this recipe, or quant.recipe=none",
+            f"{limit:.2g} may be: the engine computes something else for some requests; take another engine for this recipe, or quant.recipe=none",
             "wrong",
         )
 
