@@ -35,4 +35,5 @@ def precision(settings: Settings) -> str:
 
 def of_rounded(settings: Settings) -> float:
     """How far a quantised engine's scores may lie from the fake-quantised network's: what the precision between roundings explains, and ties."""
-    return SCORE[str(settings.get("build.precision", "fp32"))] + TIES * SCORE[precision(settings)]
+    between, recipe = SCORE[str(settings.get("build.precision", "fp32"))], SCORE[precision(settings)]
+    return min(between + TIES * recipe, recipe)

@@ -99,6 +99,8 @@ def test_scores_that_a_precision_does_not_explain(precision: str, worst: float, 
         ("int8_max", "fp32", 0.3, 0.05, 0.017, True),
         ("int8_max", "bf16", 0.3, 0.05, 0.017, False),  # bf16 between the roundings explains as much
         ("int8_max", "bf16", 0.3, 0.05, 0.037, True),
+        ("fp8_max", "fp8", 0.3, 0.1, 0.09, False),
+        ("fp8_max", "fp8", 0.3, 0.1, 0.11, True),  # never more than the recipe may differ from the reference
         ("tables_int8", "fp32", 0.3, 0.05, 0.2, True),
         ("int4_awq", "fp32", 0.5, 0.3, 0.003, False),
     ],
