@@ -248,12 +248,12 @@ class _Trial:
             known = quality.accuracy(session, inputs, heads, self.cache, accuracy_key)
             self.metrics |= known.metrics
             self.intervals |= known.intervals
-            quality.check_scores(known.metrics, self.order.settings, partial(self._from_rounded, cache, accuracy_key, known.scores))
+            quality.check_scores(known.metrics, self.order.settings, partial(self._from_rounded, accuracy_key, known.scores))
         expected, what = (known.parity, "what these numerics gave before") if known else (quality.reference(inputs, "parity"), "the reference")
         difference = quality.check_parity(parity, expected, self.order.settings, what)
         self.metrics["score_diff/parity"] = difference
 
-    def _from_rounded(self, cache: Cache, accuracy_key: str, scores: Path, beyond: float) -> float:
+    def _from_rounded(self, accuracy_key: str, scores: Path, beyond: float) -> float:
         """See `quality.FromRounded`. The network runs in a process of its own: this one's memory is the engine's."""
 
         def make(out: Path) -> None:
@@ -261,9 +261,9 @@ class _Trial:
 
             self._phase(0.4, "rounding of a few requests: is it the recipe's or the engine's?")
             spec = {"checkpoint": self.order.checkpoint, "recipe": self.order.settings["quant.recipe"], "inputs": self.order.inputs}
-            LocalLauncher(cache=cache.root, alone=False).job("rounded", out, {**spec, "scores": str(scores), "beyond": beyond})
+            LocalLauncher(cache=self.cache.root, alone=False).job("rounded", out, {**spec, "scores": str(scores), "beyond": beyond})
 
-        folder = cache.folder("rounded", Cache.key({"accuracy": accuracy_key, "code": digest(ROOT / "pipeline" / "jobs.py")}), make)
+        folder = self.cache.folder("rounded", Cache.key({"accuracy": accuracy_key, "code": digest(ROOT / "pipeline" / "jobs.py")}), make)
         return float(read_json(folder / "result.json")["summary"]["score_diff/rounded"])
 
     def _measure(self, session: Session) -> None:
