@@ -63,6 +63,8 @@ class Cache:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root).resolve()
+        self.made_s = 0.0
+        """Seconds that this object's makers took, those that failed included."""
 
     @staticmethod
     def key(parts: Mapping[str, Any]) -> str:
@@ -119,6 +121,7 @@ class Cache:
                 raise _no_room(self.root, kind) from error
             raise
         finally:
+            self.made_s += time.monotonic() - began
             if not resumable:
                 shutil.rmtree(part, ignore_errors=True)
         return folder

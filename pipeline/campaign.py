@@ -200,7 +200,15 @@ class Campaign:
             refused=kinds.count(Outcome.INFEASIBLE),
             failed=kinds.count(Outcome.FAILED),
             best=wording.best_line(ranked, wording.order(ranked[0].order, self.spaces) if ranked else "", resolved, self.windows[0]),
-            eta_s=budget.seconds_left(records, self.windows, flying, self.trials.crew.slots, 2 * self.config.study.confirm_pairs),
+            eta_s=budget.seconds_left(
+                records,
+                self.windows,
+                flying,
+                self.trials.crew.slots,
+                2 * self.config.study.confirm_pairs,
+                search.planned,
+                ranked[0].order.backend if ranked else "",
+            ),
         )
 
 

@@ -9,6 +9,7 @@
 | mix | checkpoint, recipe, inputs | FOLDER/mix.json: the layers of a mixed recipe, and the tables they were chosen by | summary |
 | quantise | checkpoint, recipe, inputs, mix (what mix.json holds; null for other recipes) | FOLDER/checkpoint | summary |
 | reference | checkpoint, inputs (FOLDER if left out), cache | FOLDER/reference.npz | summary |
+| rounded | checkpoint, recipe, inputs, scores (an engine's, a file), beyond | nothing | summary: its distance from the fake-quantised network |
 
 `data`, `checkpoint` and `inputs` are folders; in `prepare`, `data` is the configuration's section, as `model`, `train` and `workload` are.
 An outcome 'user' carries a message for the user, to be printed as it is. Left out: where results are kept (`cache`), and in which order jobs run.
@@ -21,13 +22,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.contracts import Outcome
+from pipeline.contracts import Outcome, Session
 from pipeline.errors import UserError
 from pipeline.records import read_json, write_json
 
@@ -136,23 +138,46 @@ def quantise(spec: Spec, folder: Path) -> dict[str, Any]:
 
 def reference(spec: Spec, folder: Path) -> dict[str, Any]:
     """Score the quality, parity and golden sets with the eager engine in fp32, through a session as every engine is."""
-    from pipeline.backends import registry
     from pipeline.quality import make_reference
 
-    eager = registry.get("eager")
     progress(0.0, "opening the reference engine")
+    with _eager(Path(spec["checkpoint"]), "none", folder) as session:
+        progress(0.1, "scoring the quality set")
+        return {"summary": make_reference(session, Path(spec.get("inputs", folder)), folder)}
+
+
+def rounded(spec: Spec, folder: Path) -> dict[str, Any]:
+    """Hold the scores of a quantised engine that are far from the reference to the fake-quantised network of its checkpoint."""
+    import numpy as np
+
+    from pipeline.quality import from_rounded
+
+    checkpoint = Path(spec["checkpoint"])
+    with np.load(spec["scores"]) as kept:
+        scores = kept["quality"]
+    with _eager(checkpoint, str(spec["recipe"]), folder) as session:
+        heads = read_json(checkpoint / "config.json")["schema"]["heads"]
+        return {"summary": from_rounded(session, Path(spec["inputs"]), scores, heads, float(spec["beyond"]))}
+
+
+@contextmanager
+def _eager(checkpoint: Path, recipe: str, folder: Path) -> Iterator[Session]:
+    """A session of the eager engine in float32, with every rounding of a recipe; the engine lies in `folder` meanwhile."""
+    from pipeline.backends import registry
+
+    eager = registry.get("eager")
     with TemporaryDirectory(dir=folder, prefix=".engine.") as engine:
-        eager.build(Path(spec["checkpoint"]), {"build.precision": "fp32"}, Path(engine))
+        eager.build(checkpoint, {"build.precision": "fp32", "quant.recipe": recipe}, Path(engine))
         # One thread: the same bits on every machine, and no fight for cores with whatever else runs.
         session = eager.load(Path(engine), {"engine.threads": 1})
         try:
-            progress(0.1, "scoring the quality set")
-            return {"summary": make_reference(session, Path(spec.get("inputs", folder)), folder)}
+            yield session
         finally:
             session.close()
 
 
-JOBS: dict[str, Callable[[Spec, Path], dict[str, Any]]] = {f.__name__: f for f in (prepare, inputs, train, compare, mix, quantise, reference)}
+Job = Callable[[Spec, Path], dict[str, Any]]
+JOBS: dict[str, Job] = {f.__name__: f for f in (prepare, inputs, train, compare, mix, quantise, reference, rounded)}
 
 
 def progress(share: float, text: str) -> None:

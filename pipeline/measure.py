@@ -11,7 +11,6 @@ What the figures of a window are is in `percentiles`; whether the machine was ou
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import machine
+from pipeline import heap, machine
 from pipeline.contracts import RankingRequest, Remembering, Scores, Session
 from pipeline.errors import MachineError, Overloaded, SettingsError
 from pipeline.sequential import Seen, Stop
@@ -228,9 +227,8 @@ def timed_window(
 
     Raises SettingsError when the load is too much or the engine keeps compiling, MachineError when every window was disturbed.
     """
-    gc.collect()
-    gc.freeze()
-    engines = int(session.effective.get("engine.processes", 1))
+    heap.freeze()
+    engines = max(1, int(session.effective.get("engine.processes", 1)))
     judge = partial(
         machine.disturbance, foreign_share=foreign_share, steal_share=steal_share, engines=engines, cpu_drift=cpu_drift, gpu_drift=gpu_drift
     )

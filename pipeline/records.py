@@ -76,6 +76,8 @@ class TrialRecord:
     finished: float = 0.0
     place: Mapping[str, str] = field(default_factory=dict)
     """Where it ran: 'host' and 'gpus' (see `environment.place`)."""
+    made_s: float = 0.0
+    """Seconds of it that built its engine and scored the accuracy set: later trials of that engine find both. 0 where this one found them."""
 
     @property
     def number(self) -> int:
@@ -242,6 +244,7 @@ def read_trial(folder: Path) -> TrialRecord:
         started=float(result.get("started", 0.0)),
         finished=float(result.get("finished", 0.0)),
         place=result.get("place", {}),
+        made_s=float(result.get("made_s", 0.0)),
     )
 
 

@@ -36,7 +36,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline import goals, neighbours, optuna_space, samplers
+from pipeline import goals, landscape, neighbours, optuna_space, samplers
 from pipeline.config import StudyConfig
 from pipeline.contracts import Goal, Measurement, Outcome, Settings
 from pipeline.errors import MachineError, UserError
@@ -220,6 +220,14 @@ class Search:
     def done(self) -> int:
         """How many are finished."""
         return len(self.finished)
+
+    @property
+    def planned(self) -> list[tuple[str, Settings]]:
+        """Points of unfinished trials that are known already: those under way, then presets and hints."""
+        finished = {landscape.key(*record.order.point) for record in self._records.values() if record.outcome is not None}
+        asked = [(point.backend, point.settings) for point, _ in self._asked.values()]
+        points = {landscape.key(*point): point for point in (*asked, *self._presets(), *self._hints)}
+        return [point for name, point in points.items() if name not in finished]
 
     @property
     def checked(self) -> int:

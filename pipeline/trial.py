@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,8 @@ def main(arguments: list[str]) -> int:
 
             held.enter_context(measuring(Path(order.cache), print))
         (folder / "result.json").unlink(missing_ok=True)
-        return _recorded(folder / "result.json", lambda: _Trial(folder, order).run())
+        trial = _Trial(folder, order)
+        return _recorded(folder / "result.json", trial.run, trial.cache)
 
 
 def read_order(folder: Path) -> Order:
@@ -115,8 +117,8 @@ def ignored(asked: Settings, effective: Settings) -> list[str]:
     return lines
 
 
-def _recorded(path: Path, work: Any) -> int:
-    """Write what `work` returns, or how it failed, to `path`: the last thing that happens."""
+def _recorded(path: Path, work: Any, cache: Cache | None = None) -> int:
+    """Write what `work` returns, or how it failed, to `path`: the last thing that happens. `cache` knows what it spent on others."""
     started = time.time()
     try:
         measurement, extra = work()
@@ -125,7 +127,8 @@ def _recorded(path: Path, work: Any) -> int:
             traceback.print_exc()
         measurement, extra = sorted_by_fault(error), {}
     finished = time.time()
-    result = {**asdict(measurement), "seconds": finished - started, "started": started, "finished": finished, "place": place(), **extra}
+    times = {"seconds": finished - started, "started": started, "finished": finished, "made_s": cache.made_s if cache else 0.0}
+    result = {**asdict(measurement), **times, "place": place(), **extra}
     print(f"{measurement.outcome}: {measurement.reason or 'see result.json'}", flush=True)
     try:
         write_json(path, result)
@@ -153,6 +156,10 @@ class _Trial:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     reason: str = ""
     """What was decided before the end."""
+    cache: Cache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cache = Cache(Path(self.order.cache))
 
     def run(self) -> tuple[Measurement, dict[str, Any]]:
         from pipeline.backends import registry
@@ -193,7 +200,6 @@ class _Trial:
 
     def _built(self, key: str) -> Path:
         """The engine, from the cache or from a process of its own."""
-        cache = Cache(Path(self.order.cache))
 
         def make(out: Path) -> None:
             verdict = self.folder / "build.json"
@@ -214,8 +220,8 @@ class _Trial:
                     raise SettingsError(result["reason"], result["kind"])
                 raise MachineError(result["reason"])
 
-        engine = cache.folder("engine", key, make)
-        self.metrics["time_s/build"] = cache.seconds("engine", key)
+        engine = self.cache.folder("engine", key, make)
+        self.metrics["time_s/build"] = self.cache.seconds("engine", key)
         return engine
 
     def _check(self, session: Session, key: str, began: float) -> None:
@@ -234,19 +240,31 @@ class _Trial:
         golden += quality.score(session, golden_requests[1:])
         parity = quality.score(session, parity_requests)
         np.savez(self.folder / "scores.npz", golden=np.concatenate(golden), parity=np.concatenate(parity))
-        cache = Cache(Path(self.order.cache))
         heads = read_json(Path(self.order.checkpoint) / "config.json")["schema"]["heads"]
         accuracy_key = quality.accuracy_key(inputs, heads, key)
-        known = quality.known_accuracy(cache, accuracy_key)
+        known = quality.known_accuracy(self.cache, accuracy_key)
         if self.order.quality:
             self._phase(0.35, "quality")
-            known = quality.accuracy(session, inputs, heads, cache, accuracy_key)
+            known = quality.accuracy(session, inputs, heads, self.cache, accuracy_key)
             self.metrics |= known.metrics
             self.intervals |= known.intervals
-            quality.check_scores(known.metrics, self.order.settings)
+            quality.check_scores(known.metrics, self.order.settings, partial(self._from_rounded, accuracy_key, known.scores))
         expected, what = (known.parity, "what these numerics gave before") if known else (quality.reference(inputs, "parity"), "the reference")
         difference = quality.check_parity(parity, expected, self.order.settings, what)
         self.metrics["score_diff/parity"] = difference
+
+    def _from_rounded(self, accuracy_key: str, scores: Path, beyond: float) -> float:
+        """See `quality.FromRounded`. The network runs in a process of its own: this one's memory is the engine's."""
+
+        def make(out: Path) -> None:
+            from pipeline.launcher import LocalLauncher
+
+            self._phase(0.4, "rounding of a few requests: is it the recipe's or the engine's?")
+            spec = {"checkpoint": self.order.checkpoint, "recipe": self.order.settings["quant.recipe"], "inputs": self.order.inputs}
+            LocalLauncher(cache=self.cache.root, alone=False).job("rounded", out, {**spec, "scores": str(scores), "beyond": beyond})
+
+        folder = self.cache.folder("rounded", Cache.key({"accuracy": accuracy_key, "code": digest(ROOT / "pipeline" / "jobs.py")}), make)
+        return float(read_json(folder / "result.json")["summary"]["score_diff/rounded"])
 
     def _measure(self, session: Session) -> None:
         """Warm up, then the closed loop and the window, whichever may decide the trial first."""

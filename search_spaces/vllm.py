@@ -86,7 +86,7 @@ def _on_cpu() -> Space:
 
 
 def _on_gpu(cores: int) -> Space:
-    processes = tuple(number for number in (1, 2, 3, 4) if number == 1 or number * CORES <= cores)
+    processes = tuple(number for number in (0, 1, 2, 3, 4) if number <= 1 or number * CORES <= cores)
     nodes = (
         *SHARED,
         When(
@@ -139,8 +139,9 @@ def _on_gpu(cores: int) -> Space:
         Choice(
             name="engine.processes",
             options=processes,
-            why="a front end hands over 1,500 to 2,500 requests a second, which returning users are ranked faster than; each is a front end and an "
-            "engine on a core of its own, with its part of the pool, and the GPU serves them by turns",
+            why="0 computes in the process that takes requests: a lone one is answered soonest, as nothing is handed over; 1 hands over 1,500 to "
+            "2,500 a second, which returning users are ranked faster than; each of several is a front end and an engine, with its part of the pool, "
+            "and the GPU serves them by turns",
         ),
         Choice(
             name="engine.async_scheduling", options=(False, True), why="the next step is planned while one computes; vLLM leaves it off for pooling"

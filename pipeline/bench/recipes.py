@@ -2,8 +2,9 @@
 
 Takes a study's overrides, and `recipes=[...]` for some of the rows. Data, training, requests and quantised checkpoints are the study's own stages,
 found again where one ran (`checkpoint=` and `inputs=` name others). Every network scores the study's quality set in this process, in plain torch,
-with every rounding and no product in fewer bits, and is judged as a trial is: by the gate, head by head, and score by score. fp16 and bf16 stand
-among the recipes as what they are, a build.precision. Results are kept in `reports/recipes/results.json` by `study.name`; `report.md` shows them all.
+with every rounding and no product in fewer bits, and is judged as a trial is: by the gate, head by head. fp16 and bf16 stand among the recipes as
+what they are, a build.precision, and are judged score by score too; a recipe's own scores are what an engine is held to. Results are kept in
+`reports/recipes/results.json` by `study.name`; `report.md` shows them all.
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ def judge(samples: Sequence[LabelledRequest], scores: Sequence[Any], expected: S
     goal = Goal(objectives=(), bounds=tuple(goals.accuracy_bounds(heads, margin)))
     judgements = gate.judgements(goal, metrics)
     row: Row = {"score_diff/max": metrics["score_diff/max"], "score_diff/p50": metrics["score_diff/p50"], "refused": "", "heads": {}}
-    settings = {"build.precision": name} if name in PRECISIONS else {"quant.recipe": name}
     try:
-        quality.check_scores(metrics, settings)
+        settings = {"build.precision": name} if name in PRECISIONS else {"quant.recipe": name}
+        quality.check_scores(metrics, settings, lambda beyond: 0.0)  # of a recipe, these scores are the fake-quantised network's own
     except SettingsError as error:
         row["refused"] = str(error)
     for head in heads:
@@ -122,7 +123,8 @@ INTRODUCTION = """Each row is the same checkpoint, scored in plain torch with ev
 AUC and GAUC lose against float32 (the larger of the two), *verdict* the gate's: it passes where that is within the margin, fails where even the lower
 bound is beyond it, and cannot decide where the test users are too few. *File* is model.safetensors, in which rounded layers still stand as float32 on
 their grids; *packed* is what the same weights take at their own widths with their scales. *Largest* and *median* are the largest difference of any
-score, and of the scores of the median request; a row marked ! would be refused by a trial for them. Drift is the change of a head's mean score.
+score, and of the scores of the median request; a row marked ! would be refused by a trial for them, a recipe's only where they are not finite: an
+engine that strays from float32 as its recipe does is right. Drift is the change of a head's mean score.
 fp16 here is plain torch's, which rounds each sum over a history before it is divided by N: it overflows in wide models, where kernels that sum in
 float32 do not."""
 

@@ -74,6 +74,7 @@ ENGINES: dict[str, Row] = {
     "defaults": {"build.precision": "bf16"},
     "tuned": {**COMMON, **GRAPHS},
     "async": {**COMMON, **GRAPHS, **ASYNC},
+    "no process": {**COMMON, **GRAPHS, "engine.processes": 0},
     "fp8 pages": {**COMMON, **GRAPHS, "engine.kv_cache_dtype": "fp8"},
     "2 processes": {**COMMON, **GRAPHS, **ASYNC, "engine.processes": 2},
     "3 processes": {**COMMON, **GRAPHS, **ASYNC, "engine.processes": 3},

@@ -71,6 +71,7 @@ def test_one_damaged_row_is_an_outlier_even_to_an_engine_that_rounds(found: dict
     (rare,) = (v for name, v in found.items() if "rare" in name)
     assert rare.metrics["score_diff/p50"] < 1e-6 < 0.01 < rare.metrics["score_diff/max"]
     assert rare.refused_exact
+    assert rare.refused_rounding
 
 
 @pytest.mark.parametrize(
@@ -78,13 +79,51 @@ def test_one_damaged_row_is_an_outlier_even_to_an_engine_that_rounds(found: dict
     [("fp32", 1e-4, 1e-6, True), ("fp32", 4e-5, 1e-7, False), ("bf16", 0.05, 0.01, False), ("bf16", 0.3, 0.01, True), ("bf16", 0.01, 1e-6, False)],
 )
 def test_scores_that_a_precision_does_not_explain(precision: str, worst: float, median: float, refused: bool) -> None:
-    check = partial(check_scores, {"score_diff/max": worst, "score_diff/p50": median}, {"build.precision": precision})
+    def never(beyond: float) -> float:
+        raise AssertionError("there is no recipe to hold it to")
+
+    check = partial(check_scores, {"score_diff/max": worst, "score_diff/p50": median}, {"build.precision": precision}, never)
     if refused:
         with pytest.raises(SettingsError, match=f"in {precision}: the engine computes something else for some requests") as told:
             check()
         assert told.value.kind == "wrong"
     else:
         check()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "precision", "worst", "asked", "unexplained", "refused"),
+    [
+        ("int8_max", "fp32", 0.05, None, 1.0, False),  # no more than int8 explains: nobody asks
+        ("int8_max", "fp32", 0.3, 0.05, 0.003, False),
+        ("int8_max", "fp32", 0.3, 0.05, 0.017, True),
+        ("int8_max", "bf16", 0.3, 0.05, 0.017, False),  # bf16 between the roundings explains as much
+        ("int8_max", "bf16", 0.3, 0.05, 0.037, True),
+        ("fp8_max", "fp8", 0.3, 0.1, 0.09, False),
+        ("fp8_max", "fp8", 0.3, 0.1, 0.11, True),  # never more than the recipe may differ from the reference
+        ("tables_int8", "fp32", 0.3, 0.05, 0.2, True),
+        ("int4_awq", "fp32", 0.5, 0.3, 0.003, False),
+    ],
+)
+def test_a_quantised_engine_far_from_the_reference_is_held_to_its_checkpoint(
+    recipe: str, precision: str, worst: float, asked: float | None, unexplained: float, refused: bool
+) -> None:
+    questions: list[float] = []
+
+    def from_rounded(beyond: float) -> float:
+        questions.append(beyond)
+        return unexplained
+
+    check = partial(
+        check_scores, {"score_diff/max": worst, "score_diff/p50": 0.003}, {"quant.recipe": recipe, "build.precision": precision}, from_rounded
+    )
+    if refused:
+        with pytest.raises(SettingsError, match=r"quality set differ .* of the checkpoint too, at most .* take another engine") as told:
+            check()
+        assert told.value.kind == "wrong"
+    else:
+        check()
+    assert questions == ([] if asked is None else [asked])
 
 
 def test_the_planted_networks_leave_the_model_alone() -> None:

@@ -112,3 +112,13 @@ def test_the_goals_in_conf_are_possible(name: str) -> None:
 
     config, _ = compose([f"goal={name}"])
     assert goals.goal_from(config.goal, HEADS).objectives
+
+
+def test_the_study_of_vllm_gates_all_but_a_gauc_that_is_none() -> None:
+    from pipeline.config import compose
+
+    config, _ = compose(["experiment=vllm"])
+    relative, *gated = goals.goal_from(config.goal, HEADS).bounds
+    assert relative.metric == P99
+    wanted = goals.accuracy_bounds(HEADS, GoalConfig().accuracy_margin)
+    assert set(gated) == {bound for bound in wanted if bound.metric != "gauc_loss_upper/retention"}

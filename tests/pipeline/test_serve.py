@@ -1,3 +1,4 @@
+import gc
 import json
 import re
 import signal
@@ -63,9 +64,12 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(shipped: Path) -> Iterator[Opened]:
+    gc.unfreeze()
     found = open_session(shipped)
+    assert gc.get_freeze_count()  # or a full collection stops every request that is under way
     yield found
     found.session.close()
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

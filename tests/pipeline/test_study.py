@@ -310,6 +310,29 @@ def test_presets_go_out_side_by_side_in_order(tmp_path: Path) -> None:
     assert [(p.backend, p.settings) for p in points if p] == [(r.order.backend, r.order.settings) for r in one.steps(5)]
 
 
+def test_points_are_planned_until_they_are_finished_whatever_became_of_them(tmp_path: Path) -> None:
+    spaces = {name: search_spaces.of(name, 2) for name in ("eager", "compiled", "onnxruntime")}
+
+    def judge(backend: str, settings: Settings) -> Measurement:
+        return Measurement(outcome=Outcome.FAILED, reason="power cut") if backend == "compiled" else measured(1.0)
+
+    bench = Bench(tmp_path, judge, spaces)
+    presets = bench.search.planned
+    assert len(presets) == 6
+    assert [p for n in range(3) if (p := bench.search.planned)] == 3 * [presets]  # looking changes nothing
+    point = bench.search.ask()
+    assert point is not None
+    assert bench.search.planned == presets  # under way
+    bench.search.tell(bench.run(point))
+    bench.steps(3)
+    assert bench.search.planned == presets[4:]
+    bench.steps(2)
+    assert bench.search.planned == []
+    sampled = bench.search.ask()
+    assert sampled is not None
+    assert bench.search.planned == [(sampled.backend, sampled.settings)]
+
+
 def test_tpe_looks_elsewhere_while_points_are_out(tmp_path: Path) -> None:
     """Its constant liar: six at once lie further apart than six drawn from one and the same model."""
     spaces = {"e": Space(backend="e", nodes=(Float(name="engine.x", low=0.0, high=1.0, why="a line"),), defaults={"engine.x": 0.5})}

@@ -79,6 +79,21 @@ def test_quantised_numerics_lose_measurably_and_are_scored_once(root: Path) -> N
     assert again.metrics["time_s/build"] == first.metrics["time_s/build"]
 
 
+def test_a_trial_says_what_it_made_for_later_ones(tmp_path: Path) -> None:
+    settings: dict[str, object] = {"build.precision": "bf16"}
+    folders = [make_trial(tmp_path, settings | {"engine.threads": n}, name=f"000{n}") for n in (1, 2)]
+    folders.append(make_trial(tmp_path, {"engine.fault": "scores"}, name="0003"))  # refused, but its engine is there from now on
+    for folder in folders:
+        launcher(tmp_path).trial(folder)
+    made, found, refused = (read_trial(folder) for folder in folders)
+    assert refused.outcome is Outcome.INFEASIBLE
+    assert made.measurement is not None
+    assert made.metrics["time_s/build"] + made.metrics["time_s/quality"] <= made.made_s < made.measurement.seconds
+    assert found.metrics["time_s/build"] == made.metrics["time_s/build"]
+    assert found.made_s == 0
+    assert refused.made_s > 0
+
+
 @pytest.mark.parametrize("settings", [{"engine.fault": "refuse"}, {"engine.threads": 99}, {"build.precision": "fp7"}, {"build.colour": "red"}])
 def test_refusals_are_infeasible_in_the_engines_own_words(root: Path, settings: dict[str, object]) -> None:
     found = launcher(root).trial(make_trial(root, settings, name="0004"))

@@ -21,10 +21,12 @@ from rich.console import Console
 
 from pipeline import artifact
 from pipeline.backends.fake import service_ms
+from pipeline.budget import Budget
 from pipeline.config import GoalConfig, TuneConfig
 from pipeline.contracts import Goal, Measurement, Objective, Outcome
 from pipeline.errors import MachineError, UserError
 from pipeline.records import Order, StudyFolder, TrialRecord, read_study, read_trial
+from pipeline.terminal import duration
 from pipeline.tune import reconfirm, tune
 from pipeline.wording import best_line, point, trial_line
 from search_spaces.space import Space
@@ -74,6 +76,22 @@ def test_a_study_finds_the_known_optimum_and_ships_it(tmp_path: Path) -> None:
     assert [t.number for t in study.confirmations] == [0, winner.number, winner.number, 0, 0, winner.number]
     assert {t.order.measure["workload"] for t in study.confirmations} == {"confirm_workload.npz"}
     assert {t.order.measure["workload"] for t in study.trials} == {"workload.npz"}
+
+
+def test_the_time_left_takes_in_what_waits_and_which_engine_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, told = list[tuple[int, int, str]](), list[float]()
+    real = Budget.seconds_left
+
+    def heard(self: Budget, records: list[TrialRecord], *arguments: Any) -> float:
+        asked.append((len(records), len(arguments[-2]), arguments[-1]))
+        told.append(real(self, records, *arguments))
+        return told[-1]
+
+    monkeypatch.setattr(Budget, "seconds_left", heard)
+    presets = ({"engine.threads": 5}, {"engine.threads": 2})
+    _, said, _ = run(with_study(config(tmp_path), trials=3), chosen=space(presets=presets))
+    assert asked == [(0, 2, ""), (1, 1, "fake"), (2, 0, "fake"), (3, 0, "fake")]
+    assert f"about {duration(told[-1])} left" in said
 
 
 def decisions(launcher: Simulated) -> dict[str, list[dict[str, object]]]:
@@ -424,6 +442,7 @@ import sys
 from pathlib import Path
 from tests.pipeline.fake_study import Simulated, config, space
 from tests.pipeline.test_tune import with_study
+from pipeline.terminal import duration
 from pipeline.tune import reconfirm, tune
 settings = with_study(config(Path(sys.argv[1])), trials=6)
 tune(settings, "study: {}", spaces={"fake": space(threads=(1, 2, 3, 4, 5, 6, 7, 8))}, launcher=Simulated(delay_s=float(sys.argv[2])))

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from itertools import count
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from pipeline import errors
+from pipeline import errors, heap
 from pipeline.backends.vllm.session import full
 from pipeline.contracts import FeatureSchema, RankingRequest, Scores, Settings
 from pipeline.errors import AutotuneError, InvalidRequest, MachineError, SettingsError
@@ -124,6 +124,7 @@ class Processes:
             raise
         capacity = sum(int(one.get("engine.kv_capacity_tokens", 0)) for one in found)
         self.effective: Settings = {**found[0], **told, "engine.processes": len(found), "engine.kv_capacity_tokens": capacity}
+        heap.freeze()
 
     def submit(self, request: RankingRequest) -> Future[Scores]:
         """Hand one request to its user's engine. Raises InvalidRequest, or RuntimeError once closed; the future fails with Overloaded when full."""
@@ -321,10 +322,11 @@ class _Member:
             self._answer(-1, error)
             raise
         self._answer(-1, None, dict(session.effective))
+        submit = getattr(session, "accept", session.submit)  # the session's process has validated it
         while True:
             number, what, content = pickle.loads(self._inbox.recv())
             if what == "score":
-                self._score(session, number, restored(content))
+                self._score(submit, number, restored(content))
             elif what == "cancel":
                 if future := self._waiting.pop(number, None):
                     future.cancel()
@@ -335,9 +337,9 @@ class _Member:
             else:
                 self._answer(number, None, getattr(session, what)())
 
-    def _score(self, session: Any, number: int, request: RankingRequest) -> None:
+    def _score(self, submit: Callable[[RankingRequest], Future[Scores]], number: int, request: RankingRequest) -> None:
         try:
-            future: Future[Scores] = session.submit(request)
+            future: Future[Scores] = submit(request)
         except (InvalidRequest, RuntimeError) as error:
             self._answer(number, error)
             return

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
+from pipeline import heap
 from pipeline.backends.vllm.payload import Prompt, encode
 from pipeline.contracts import HEADS, FeatureSchema, RankingRequest, Scores, Settings
 from pipeline.errors import AutotuneError, MachineError, Overloaded
@@ -36,6 +37,9 @@ class Answer(NamedTuple):
 
 class Engine(Protocol):
     """An engine core and its processes (`core.Core`). Any thread may call it, `answers` always the same one."""
+
+    processes: int
+    """That serve requests beside this one."""
 
     @property
     def errored(self) -> bool:
@@ -75,10 +79,10 @@ class VllmSession:
         schema: FeatureSchema,
         max_seq_len: int,
         queue_limit: int,
-        died: Callable[[], AutotuneError] = lambda: MachineError("vLLM's engine died; load it again"),
+        died: Callable[[Exception], AutotuneError] = lambda seen: MachineError(f"vLLM's engine died: {seen}; load it again"),
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """Starts the engine with `start`; what that raises, this raises. `died` says why an engine that is dead died."""
+        """Starts the engine with `start`; what that raises, this raises. `died` says why an engine died of which this was seen here."""
         self._schema, self._max_seq_len, self._limit = schema, max_seq_len, queue_limit
         self._died, self._on_close = died, on_close
         self._lock = threading.Lock()
@@ -93,15 +97,21 @@ class VllmSession:
         self._thread = threading.Thread(target=self._hand_out, name="vllm", daemon=True)
         self._thread.start()
         try:
-            self.effective: Settings = {**self._ask("read_back"), "serve.queue_limit": queue_limit}
+            told = {"engine.processes": self._engine.processes, "serve.queue_limit": queue_limit}
+            self.effective: Settings = {**self._ask("read_back"), **told}
         except BaseException:
             self._closed = True
             self._end()
             raise
+        heap.freeze()
 
     def submit(self, request: RankingRequest) -> Future[Scores]:
         """Hand one request to the engine. Raises InvalidRequest, or RuntimeError once closed; the future fails with Overloaded when too many wait."""
         validate(request, self._schema, self._max_seq_len)
+        return self.accept(request)
+
+    def accept(self, request: RankingRequest) -> Future[Scores]:
+        """`submit` for a request that was validated before: by another process's session, for one."""
         future: Future[Scores] = Future()
         with self._lock:
             if self._closed:
@@ -163,10 +173,10 @@ class VllmSession:
         try:
             while True:
                 self._settle(self._engine.answers())
-        except Exception:
+        except Exception as error:
             if self._closed and not self._open:  # so it was shut down
                 return
-            dead = self._death()
+            dead = self._death(error)
             self._fail(list(self._open), dead)
 
     def _settle(self, answers: Sequence[Answer]) -> None:
@@ -217,11 +227,11 @@ class VllmSession:
 
     def _told(self, error: Exception) -> Exception:
         """An engine's death in its own words, the same for all; any other error as it is."""
-        return self._death() if self._dead or self._engine.errored else error
+        return self._death(error) if self._dead or self._engine.errored else error
 
-    def _death(self) -> AutotuneError:
+    def _death(self, seen: Exception) -> AutotuneError:
         with self._lock:
-            self._dead = self._dead or self._died()
+            self._dead = self._dead or self._died(seen)
             return self._dead
 
     def _ask(self, method: str) -> Any:

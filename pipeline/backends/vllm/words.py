@@ -74,17 +74,18 @@ class Words:
         found = [match for line in text.splitlines() if (match := _ERROR.match(line)) and not any(word in line for word in _SECOND_HAND)]
         return (found[-1][2], found[-1][3].strip()) if found else ("", "")
 
-    def sorted_by_fault(self, starting: BaseException | None = None) -> AutotuneError:
+    def sorted_by_fault(self, seen: BaseException, starting: bool = False) -> AutotuneError:
         """The settings' fault where vLLM ran out of memory, or refused them as it started; else the machine's.
 
-        `starting` is what the front end has seen of a start that failed.
+        `seen` is what reached this process, `starting` whether it was a start that failed.
         """
         kind, text = self.last()
-        if not kind and starting is not None:
-            kind, text = type(starting).__name__, " ".join(str(starting).split()) or type(starting).__name__
+        own = type(seen).__name__, " ".join(str(seen).split()) or type(seen).__name__
+        if not kind and (starting or not any(word in ": ".join(own) for word in _SECOND_HAND)):
+            kind, text = own
         if any(word in f"{kind} {text}".lower() for word in MEMORY):
             return SettingsError(f"out of memory under these settings: {text}", "out_of_memory")
-        if starting is not None and kind in REFUSALS:
+        if starting and kind in REFUSALS:
             return SettingsError(f"vLLM refuses these settings: {text}")
-        what = "did not start" if starting is not None else "died"
+        what = "did not start" if starting else "died"
         return MachineError(f"vLLM's engine {what}: {f'{kind}: {text}' if kind else 'a process of it was killed'}; load it again")

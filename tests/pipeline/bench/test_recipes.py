@@ -52,6 +52,17 @@ def test_a_row_that_a_trial_would_refuse_is_marked(samples: list[LabelledRequest
     assert not row(samples, "fp16", 1e-3)["refused"]
 
 
+def test_a_recipe_is_not_refused_for_its_own_scores(samples: list[LabelledRequest]) -> None:
+    """An engine is held to them, so there is nothing to hold them to."""
+    rng = np.random.default_rng(1)
+    expected = [rng.random(s.labels.shape).astype(np.float32) for s in samples]
+    scores = [expected[0] + 0.5, *(e + np.float32(1e-3) for e in expected[1:])]
+    judged = {name: recipes.judge(samples, scores, expected, HEADS, 5e-4, name) for name in ("int8_max", "bf16")}
+    assert judged["int8_max"]["score_diff/max"] > 100 * judged["int8_max"]["score_diff/p50"]
+    assert not judged["int8_max"]["refused"]
+    assert "in bf16: the engine computes something else" in judged["bf16"]["refused"]
+
+
 def test_scores_that_are_not_finite_have_no_figures(samples: list[LabelledRequest], tmp_path: Path) -> None:
     found = row(samples, "fp16", float("nan"))
     assert found["verdict"] == found["heads"][HEADS[2]]["verdict"] == "not finite"

@@ -39,7 +39,6 @@ def settings(config: Any, caches: list[torch.Tensor]) -> dict[str, Any]:
         "engine.compilation": compilation.mode.name if compilation.mode is not None else "NONE",
         "engine.attention_backend": config.attention_config.backend.name if config.attention_config.backend else "auto",
         "engine.chunked_prefill": bool(scheduler.enable_chunked_prefill),
-        "engine.processes": 1,  # this one; `processes` adds up
         "engine.device": pages.device.type,
         "engine.kv_capacity_tokens": pages.shape[0] * pages.shape[2],
         "engine.kv_page_dtype": str(pages.dtype).removeprefix("torch."),

@@ -44,13 +44,15 @@ def load(folder: Path, **changes: bool | int | float | str) -> VllmSession:
     return session
 
 
-def test_a_returning_users_history_is_found_until_it_is_forgotten(tmp_path: Path) -> None:
-    before = adapter._below()
+@pytest.mark.parametrize("processes", [1, 0])
+def test_a_returning_users_history_is_found_until_it_is_forgotten(tmp_path: Path, processes: int) -> None:
+    before, held = adapter._below(), torch.cuda.memory_reserved()
     request = random_request(np.random.default_rng(0), static=40, realtime=20, candidates=9)
-    session = load(built(tmp_path, precision="bf16"))
+    session = load(built(tmp_path, precision="bf16"), processes=processes)
     try:
         started = adapter._below() - before
-        assert started
+        assert started or (not processes and torch.cuda.is_available())  # vLLM gives a CPU's worker a process of its own
+        assert session.effective["engine.processes"] == processes
         assert session.effective["build.precision"] == "bf16"
         assert session.effective["engine.kv_page_dtype"] == "bfloat16"
         assert session.effective["engine.kv_capacity_tokens"] == 2**25 // (2 * TINY.layers * TINY.d_model * 2) // 16 * 16
@@ -71,6 +73,7 @@ def test_a_returning_users_history_is_found_until_it_is_forgotten(tmp_path: Path
         session.close()
     assert not alive(started)
     assert session.counters()["batches"] == 5
+    assert torch.cuda.memory_reserved() == held
 
 
 def test_what_vllms_own_configuration_refuses_is_the_settings_fault(tmp_path: Path) -> None:
@@ -129,6 +132,31 @@ def test_a_killed_process_fails_every_request_and_leaves_nothing(tmp_path: Path,
     finally:
         session.close()
     assert not alive(started)
+
+
+def test_a_core_in_this_process_dies_of_a_step_and_not_of_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, request = adapter._below(), random_request(np.random.default_rng(2))
+    session = load(built(tmp_path), processes=0)
+    try:
+        core = session._engine._core  # type: ignore[attr-defined]
+        with monkeypatch.context() as patched:
+            patched.setattr(core, "add_request", lambda *_: 1 / 0)
+            with pytest.raises(RuntimeError, match="without an answer"):
+                session.submit(request).result(60)
+        assert session.submit(request).result(60).shape == (len(request.candidates), 4)
+        assert session.counters()["batches"] == 1
+
+        def step() -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(core, "step_fn", step)
+        for _ in range(2):
+            with pytest.raises(MachineError, match="engine died: RuntimeError: CUDA error: an illegal memory access was encountered; load it again"):
+                session.submit(request).result(60)
+        assert session.counters()["batches"] == 1
+    finally:
+        session.close()
+    assert not alive(adapter._below() - before)
 
 
 def alive(processes: set[psutil.Process]) -> list[psutil.Process]:

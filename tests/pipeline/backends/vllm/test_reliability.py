@@ -34,14 +34,14 @@ def model() -> MTGR:
     return lively_model(TINY)
 
 
-@pytest.fixture(scope="module")
-def session(model: MTGR, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmSession]:
+@pytest.fixture(scope="module", params=[1, 0], ids=["core in a process", "core in this one"])
+def session(model: MTGR, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmSession]:
     folder = tmp_path_factory.mktemp("vllm")
     save(folder / "checkpoint", model)
     (folder / "engine").mkdir()
     BACKEND.build(folder / "checkpoint", {}, folder / "engine")
     pool = {"engine.kv_cache_memory_mib": POOL_MIB, "engine.max_num_batched_tokens": 1024, "engine.enforce_eager": True}
-    session = BACKEND.load(folder / "engine", {**pool, "serve.queue_limit": LIMIT})
+    session = BACKEND.load(folder / "engine", {**pool, "engine.processes": request.param, "serve.queue_limit": LIMIT})
     yield session
     session.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ class FakeEngine:
     """Scores are a candidate's number in its request; half of every history is found in the cache. What is sent while the gate is open is a step."""
 
     def __init__(self) -> None:
-        self.errored = False
+        self.errored, self.processes = False, 1
         self.gate = threading.Event()
         self.gate.set()
         self.fault: Exception | None = None
@@ -79,7 +80,7 @@ class Held:
 
     def __init__(self, **changes: Any) -> None:
         self.engine = FakeEngine()
-        more = {"queue_limit": 8, "died": lambda: MachineError("vLLM's engine died: of nothing"), **changes}
+        more = {"queue_limit": 8, "died": lambda seen: MachineError(f"vLLM's engine died: of {seen}"), **changes}
         self.session = VllmSession(lambda: self.engine, schema=SCHEMA, max_seq_len=256, **more)
 
 
@@ -108,9 +109,18 @@ def test_scores_come_back_as_float32_and_totals_add_up(held: Held, request_: Ran
         "batches": 5, "compilations": 0, "requests": 5, "tokens": 5 * request_.tokens,
         "history_tokens": 5 * history, "cached_tokens": 5 * (history // 2), "rejected": 0,
     }  # fmt: skip
-    assert held.session.effective == {"engine.block_size": 32, "serve.queue_limit": 8}
+    assert held.session.effective == {"engine.block_size": 32, "engine.processes": 1, "serve.queue_limit": 8}
     assert len({name for name, _, _ in held.engine.seen}) == 5
     assert all(salt and len(prompt.token_ids) == request_.tokens for _, salt, prompt in held.engine.seen)
+
+
+def test_collections_pass_over_what_a_session_has_loaded(request: pytest.FixtureRequest) -> None:
+    gc.unfreeze()
+    request.addfinalizer(gc.unfreeze)
+    loaded: list[list[int]] = [[]]
+    made = Held()
+    assert not any(found is loaded for found in gc.get_objects())
+    made.session.close()
 
 
 def test_what_was_kept_lies_under_another_salt_once_forgotten(held: Held, request_: RankingRequest) -> None:
@@ -168,7 +178,7 @@ def test_a_dead_engine_fails_who_waits_and_who_comes_later(held: Held, request_:
     waiting = [held.session.submit(request_) for _ in range(3)]
     held.engine.die()
     assert all(isinstance(future.exception(10), MachineError) for future in waiting)
-    assert "of nothing" in str(held.session.submit(request_).exception(10))
+    assert "died: of EngineDeadError" in str(held.session.submit(request_).exception(10))
     assert len(held.engine.seen) == 4
     assert held.session.counters()["batches"] == 1  # the last known
     held.session.close()
