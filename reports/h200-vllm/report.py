@@ -49,13 +49,20 @@ def opened(found: Row) -> str:
     return f"{found['rate_rps']:,.0f}/s: {found['p50_ms']:.1f} / {found['p99_ms']:.1f} ms{late}"
 
 
+def noted(rows: list[Row], note: str) -> list[str]:
+    """Engines whose rows have this note: they were measured at another time, and meet no goals."""
+    return [f"`{row['engine']}`" for row in rows if row.get("note") == note]
+
+
 def main() -> None:
     """Write report.md."""
     found = json.loads((HERE / "results.json").read_text())
     machine, rows = found["machine"], [row for row in found["engines"] if "warm" in row]
-    fastest = max(rows, key=lambda row: (best_open(row) or {"rate_rps": 0})["rate_rps"] or peak(row))
-    quickest = min(rows, key=lambda row: float(row["alone_warm"]["p50_ms"]))
-    coldest = max(rows, key=lambda row: float(row["cold"]["rps"]))
+    now = [row for row in rows if "note" not in row] or rows
+    fastest = max(now, key=lambda row: (best_open(row) or {"rate_rps": 0})["rate_rps"] or peak(row))
+    quickest = min(now, key=lambda row: float(row["alone_warm"]["p50_ms"]))
+    coldest = max(now, key=lambda row: float(row["cold"]["rps"]))
+    notes = dict.fromkeys(row["note"] for row in rows if "note" in row)
     held = best_open(fastest)
     rate = float(held["rate_rps"]) if held else 0.0
     warm = f"**{rate:,.0f} requests/s** in open loop by `{fastest['engine']}`" if held else "**none of the rates tried**"
@@ -90,6 +97,7 @@ def main() -> None:
                 for row in rows
             ],
         ),
+        *(f"Measured {note}: {', '.join(noted(rows, note))}." for note in notes),
         "The difference is that of scores from the plain network in float32 on four requests; weights are random, so it says how far rounding alone moves "
         "untrained scores.",
         "## Settings",
