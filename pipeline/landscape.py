@@ -5,7 +5,8 @@ A landscape is a folder of two files, small enough to be committed:
     landscape.json.gz   name, about, goals to judge by, the spaces whose every point was measured, one record a measurement
     samples.npz         raw latencies of each record, [total] float32, and where each record's begin
 
-A point may have several records: measured again in processes of their own, they hold the noise between windows. Any engine's grid fits.
+A point may have several records: measured again in processes of their own, they hold the noise between windows. Any engine's grid fits, and what
+a study has measured, of which the space is the baseline alone.
 Left out: measuring one (`bench.record`), and playing one to a search (`replay`).
 """
 

@@ -3,6 +3,9 @@
 Takes what `tune` takes, and `axes.<knob>=[values]` to hold a knob to some of its values: a grid is the product of what is left. Points are
 measured as trials of a study, each in a process of its own, in random order; every fourth once more, for the noise between windows.
 Stop it whenever you like: the same command goes on. The result is `reports/landscapes/<study.name>/`.
+
+`bench record study=FOLDER` keeps what a study has measured in the same form, as `reports/<name>/records/`. That is no grid, and no search can be
+played on it; `bench sequential reports/<name>/records` decides its windows again.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from pipeline.environment import fingerprint
 from pipeline.errors import MachineError, UserError
 from pipeline.landscape import Landscape, Record
 from pipeline.launcher import Launcher, Line, LocalLauncher
-from pipeline.records import Order, TrialRecord, read_trial, write_order
+from pipeline.records import Order, TrialRecord, read_study, read_trial, write_order
 from search_spaces.space import Space, default_point
 
 AGAIN = 4
@@ -35,6 +38,12 @@ def main(arguments: Sequence[str]) -> int:
     """Record, with a line a point."""
     from pipeline.terminal import View
 
+    if folder := next((a.removeprefix("study=") for a in arguments if a.startswith("study=")), ""):
+        config, _ = compose([a for a in arguments if not a.startswith("study=")], "bench record")
+        made = of_study(Path(folder))
+        made.write(out := Path(config.paths.reports) / made.name / "records")
+        print(f"{out}: {len(made.records)} records")
+        return 0
     axes = {k.removeprefix("axes."): yaml.safe_load(v) for k, _, v in (a.partition("=") for a in arguments) if k.startswith("axes.")}
     config, _ = compose([a for a in arguments if not a.startswith("axes.")], "bench record")
     with View(("preparation", "grid")) as view:
@@ -117,6 +126,28 @@ class Recording:
             spaces=self.spaces,
             records=kept(found)[1:],  # the first set the rate, and was measured at another
         )
+
+
+def of_study(folder: Path) -> Landscape:
+    """Trials and confirmation of a study, but for what failed through no fault of the settings. Raises UserError where its baseline was not measured.
+
+    Its space is the baseline alone: what else was tried are the sampler's choices.
+    """
+    study = read_study(folder)
+    found = [r for r in (*study.trials, *study.confirmations) if r.outcome in (Outcome.MEASURED, Outcome.INFEASIBLE)]
+    if not found or found[0].order.role != "baseline" or found[0].outcome is not Outcome.MEASURED:
+        raise UserError(f"{folder} holds no measured baseline, which everything else is judged by; let its study measure one")
+    backend, settings = found[0].order.point
+    told = study.record
+    machine = ", ".join(f"{name} {value}" for name, value in told.environment.items() if not name.startswith("package."))
+    return Landscape(
+        name=told.name,
+        about=f"{told.command}, {time.strftime('%Y-%m-%d', time.gmtime(told.created))}, on {machine}",
+        objectives=tuple(f"{'-' if o.maximize else ''}{o.metric}" for o in told.goal.objectives),
+        rate_rps=told.rate_rps,
+        spaces={backend: Space(backend=backend, nodes=(), defaults=dict(settings))},
+        records=kept(found),
+    )
 
 
 def kept(found: Sequence[TrialRecord]) -> tuple[Record, ...]:

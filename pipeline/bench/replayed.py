@@ -131,9 +131,10 @@ def _seen(latency_ms: sequential.FloatArray) -> sequential.Seen:
 
 
 def _points(land: Landscape) -> list[Record]:
-    """The first measurement of every point but the baseline's; of what was refused nothing can be decided sooner."""
-    first = {landscape.key(r.backend, r.settings): r for r in reversed(land.records)}
-    return [r for r in first.values() if r is not baseline(land) and r.outcome is Outcome.MEASURED and len(r.latency_ms)]
+    """The first whole window of every point but the baseline's; of what was refused, or decided then, nothing can be decided sooner."""
+    whole = [r for r in land.records if r.outcome is Outcome.MEASURED and len(r.latency_ms) and "window/decided_early" not in r.metrics]
+    first = {landscape.key(r.backend, r.settings): r for r in reversed(whole)}
+    return [r for r in first.values() if r is not baseline(land)]
 
 
 def _told(about: str, name: str, default: float) -> float:
