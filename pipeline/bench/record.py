@@ -38,10 +38,11 @@ def main(arguments: Sequence[str]) -> int:
     """Record, with a line a point."""
     from pipeline.terminal import View
 
-    if folder := next((a.removeprefix("study=") for a in arguments if a.startswith("study=")), ""):
+    if study := next((a.removeprefix("study=") for a in arguments if a.startswith("study=")), ""):
         config, _ = compose([a for a in arguments if not a.startswith("study=")], "bench record")
-        made = of_study(Path(folder))
-        made.write(out := Path(config.paths.reports) / made.name / "records")
+        made = of_study(Path(study))
+        out = Path(config.paths.reports) / made.name / "records"
+        made.write(out)
         print(f"{out}: {len(made.records)} records")
         return 0
     axes = {k.removeprefix("axes."): yaml.safe_load(v) for k, _, v in (a.partition("=") for a in arguments) if k.startswith("axes.")}
