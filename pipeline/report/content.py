@@ -270,8 +270,16 @@ def _interpreter(backend: str, python: str, environment: Mapping[str, str], ours
 
 def _bounds(study: StudyFolder) -> str:
     shown = [goals.describe(b) for b in study.record.goal.bounds if "_loss_upper/" not in b.metric]
-    margins = sorted({b.limit for b in study.record.goal.bounds if "_loss_upper/" in b.metric})
-    shown += [f"at most {m:g} lost in AUC and GAUC of {', '.join(study.record.heads)}" for m in margins]
+    gated: dict[tuple[float, str], list[str]] = {}
+    """(margin, head) -> what of it is gated."""
+    for bound in study.record.goal.bounds:
+        kind, is_loss, head = bound.metric.partition("_loss_upper/")
+        if is_loss:
+            gated.setdefault((bound.limit, head), []).append(kind.upper())
+    alike: dict[tuple[float, str], list[str]] = {}
+    for (margin, head), kinds in gated.items():
+        alike.setdefault((margin, " and ".join(kinds)), []).append(head)
+    shown += [f"at most {margin:g} lost in {kinds} of {', '.join(heads)}" for (margin, kinds), heads in alike.items()]
     return " and ".join(shown)
 
 

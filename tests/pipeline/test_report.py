@@ -71,6 +71,16 @@ def test_a_trial_that_was_decided_early_is_marked(tmp_path: Path) -> None:
     assert ["decided early" in row[3] for row in table.rows] == [False, True]
 
 
+def test_what_is_not_gated_is_not_said_to_be(tmp_path: Path) -> None:
+    study = read_study(make_study(tmp_path))
+    goal = study.record.goal
+    without = tuple(bound for bound in goal.bounds if bound.metric != "gauc_loss_upper/retention")
+    wider = tuple(replace(bound, limit=1e-3) if bound.metric.endswith("/engagement") else bound for bound in without)
+    said = content._bounds(replace(study, record=replace(study.record, goal=replace(goal, bounds=wider))))
+    parts = "AUC and GAUC of recommendation", "0.001 lost in AUC and GAUC of engagement", "0.0005 lost in AUC of retention"
+    assert said == f"at most 0.0005 lost in {parts[0]} and at most {parts[1]} and at most {parts[2]}"
+
+
 def test_it_says_everything_and_the_decision_first(page: str) -> None:
     titles = re.findall(r"<h2>(.*?)</h2>", page)
     assert titles == list(HEADINGS)
@@ -82,7 +92,7 @@ def test_it_says_everything_and_the_decision_first(page: str) -> None:
         "95 %: 21.10 ms to 24.00 ms",
         "9.30 ms",
         "2.41 x",
-        "at most 0.0005 lost in AUC",
+        "at most 0.0005 lost in AUC and GAUC of recommendation, engagement, retention",
     ):
         assert words in first
     for words in (
