@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model import kernels
 from model.jagged import Sizes, TableRows, pack_jagged, sizes_of
 from model.ladder import fitting, sizes, tokens_of
 from pipeline.backends import engine, quantised
@@ -181,7 +182,7 @@ class Batches:
                 self._captured += self.graphs
         if self._computing:
             torch.cuda.synchronize()
-        self._compiled_before = _kernels()
+        self._compiled_before = kernels.compiled()
 
     def block_of(self, tokens: int) -> int:
         """Rows of a query tile in batches of up to `tokens`."""
@@ -251,7 +252,7 @@ class Batches:
 
     def compiled(self) -> int:
         """Kernels compiled since all slots stood."""
-        return _kernels() - self._compiled_before
+        return kernels.compiled() - self._compiled_before
 
     def close(self) -> None:
         """Give the device's memory back."""
@@ -308,11 +309,3 @@ def _capability() -> tuple[int, int]:
     except Exception:  # any failure of a missing driver, library or device means: no GPU to speak of
         return (0, 0)
     return int(major), int(minor)
-
-
-def _kernels() -> int:
-    """Kernels that Triton has compiled or loaded in this process."""
-    from model.kernels import attention, linear, norms
-
-    kernels = attention._forward, linear._linear, linear._linear_few, norms._norm
-    return sum(len(cache[0]) for kernel in kernels for cache in getattr(kernel, "device_caches", {}).values())

@@ -11,7 +11,7 @@ played on it; `bench sequential reports/<name>/records` decides its windows agai
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +118,9 @@ class Recording:
         return read_trial(folder), True
 
     def _landscape(self, found: Sequence[TrialRecord], rate: float) -> Landscape:
-        machine = ", ".join(f"{name} {value}" for name, value in fingerprint().items() if not name.startswith("package."))
         return Landscape(
             name=self.config.study.name,
-            about=f"{self.config.command}, {time.strftime('%Y-%m-%d', time.gmtime())}, on {machine}",
+            about=_about(self.config.command, time.time(), fingerprint()),
             objectives=tuple(self.config.goal.objectives),
             rate_rps=rate,
             spaces=self.spaces,
@@ -140,15 +139,19 @@ def of_study(folder: Path) -> Landscape:
         raise UserError(f"{folder} holds no measured baseline, which everything else is judged by; let its study measure one")
     backend, settings = found[0].order.point
     told = study.record
-    machine = ", ".join(f"{name} {value}" for name, value in told.environment.items() if not name.startswith("package."))
     return Landscape(
         name=told.name,
-        about=f"{told.command}, {time.strftime('%Y-%m-%d', time.gmtime(told.created))}, on {machine}",
+        about=_about(told.command, told.created, told.environment),
         objectives=tuple(f"{'-' if o.maximize else ''}{o.metric}" for o in told.goal.objectives),
         rate_rps=told.rate_rps,
         spaces={backend: Space(backend=backend, nodes=(), defaults=dict(settings))},
         records=kept(found),
     )
+
+
+def _about(command: str, when: float, environment: Mapping[str, str]) -> str:
+    machine = ", ".join(f"{name} {value}" for name, value in environment.items() if not name.startswith("package."))
+    return f"{command}, {time.strftime('%Y-%m-%d', time.gmtime(when))}, on {machine}"
 
 
 def kept(found: Sequence[TrialRecord]) -> tuple[Record, ...]:

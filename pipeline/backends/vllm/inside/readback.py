@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from model import kernels
 from pipeline.backends.vllm.inside.worker import MtgrWorker
 from pipeline.backends.vllm.options import DTYPES, GIB, MIB, NAMES
 
@@ -58,9 +59,7 @@ def compilations() -> int:
         total += int(dynamo.counters["stats"]["unique_graphs"])
     if counter := sys.modules.get("vllm.compilation.counter"):
         total += int(counter.compilation_counter.num_cudagraph_captured + counter.compilation_counter.num_backend_compilations)
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith("model.kernels.")]
-    kernels = {id(kernel): kernel for module in modules for kernel in vars(module).values() if hasattr(kernel, "device_caches")}
-    return total + sum(len(cache[0]) for kernel in kernels.values() for cache in kernel.device_caches.values())
+    return total + kernels.compiled()
 
 
 class ToldWorker(MtgrWorker):
