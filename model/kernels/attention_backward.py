@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.activation import tanh
-from model.kernels.attention import _rows, check
+from model.kernels.attention import _rows, check, multiplied
 from model.kernels.tiles import COLUMNS
 
 
@@ -117,7 +117,7 @@ def backward(
     total = heads * width
     out = torch.empty(len(q), 3 * total, dtype=q.dtype, device=q.device)
     dq, dk, dv = out[:, :total], out[:, total : 2 * total], out[:, 2 * total :]
-    fast, precision = q.is_cuda and q.dtype != torch.float32, "tf32" if tf32 else "ieee"
+    fast, precision = q.is_cuda and q.dtype != torch.float32, multiplied(q.dtype, width, tf32)
     wide = width > 64 or q.dtype == torch.float32
     smallest = width == 256 and q.dtype == torch.float32
     inner, stages, warps = (16 if smallest else 32 if wide else 64), (2 if wide else 3), (8 if block_m > 64 else 4)
