@@ -1,0 +1,25 @@
+"""A process that forks others which compute.
+
+Of a forked process's threads only the one that forked it is there, but OpenMP believes that its own are too: the first product that it divides among
+them waits for ever. The threads are given back before; they come again when they are needed. OpenBLAS sees to its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+HARD = 2
+"""omp_pause_hard of OpenMP 5.0: give back all that can be."""
+MAPS = Path("/proc/self/maps")
+LIBRARY = re.compile(r"/\S*/lib[gi]?omp\S*")
+
+
+def ready() -> bool:
+    """Whether this thread may fork now: its OpenMP threads are given back, or it has none. Linux, with GNU's OpenMP, which PyTorch brings."""
+    for path in set(LIBRARY.findall(MAPS.read_text())) if MAPS.exists() else ():
+        pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
+        if pause is None or pause(HARD):
+            return False
+    return True
