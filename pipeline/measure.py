@@ -11,7 +11,6 @@ What the figures of a window are is in `percentiles`; whether the machine was ou
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import heap, machine
+from pipeline import machine, pauses
 from pipeline.contracts import RankingRequest, Remembering, Scores, Session
 from pipeline.errors import MachineError, Overloaded, SettingsError
 from pipeline.sequential import Seen, Stop
@@ -51,8 +50,6 @@ LOOK_S, ROOM_S = 0.1, 0.002
 SETTLED = 0.2
 """Warm when the medians of two rounds in a row differ by less than this share."""
 ROUNDS = 8
-SWITCH_S = 0.0005
-"""The interpreter's switch interval while we measure: at the default 5 ms a batch being packed holds up the sender for as long."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +90,7 @@ def open_loop(session: Session, requests: Sequence[RankingRequest], look: Look |
     limit = max(backlog_least, round(min(rate * BACKLOG_S, len(requests) * BACKLOG_SHARE)))
     done, late = [0.0] * len(requests), [0.0] * len(requests)
     finished: list[int] = []
-    futures: list[Future[Scores]] = []
+    under_way: dict[int, Future[Scores]] = {}
     lengths: list[int] = []
     waiting, stop = 0, None
 
@@ -101,6 +98,8 @@ def open_loop(session: Session, requests: Sequence[RankingRequest], look: Look |
         done[i] = time.perf_counter()
         if not future.cancelled() and future.exception():
             refused.append(future)
+        # Who has an answer lets go of it. Kept to the end, they are what Python's collector goes through again and again, 10 ms at a time.
+        del under_way[i]
         finished.append(i)
 
     refused: list[Future[Scores]] = []
@@ -117,18 +116,18 @@ def open_loop(session: Session, requests: Sequence[RankingRequest], look: Look |
         while (left := due - time.perf_counter()) > 0:
             time.sleep(left)
         late[i] = time.perf_counter() - due
-        futures.append(session.submit(request))
-        futures[-1].add_done_callback(partial(finish, i))
+        under_way[i] = future = session.submit(request)
+        future.add_done_callback(partial(finish, i))
         waiting = i + 1 - len(finished)
         lengths.append(waiting)
         if refused or waiting > limit:
             break
-    sent, too_much = len(futures), bool(refused) or waiting > limit or (stop is not None and stop.overloaded)
+    sent, too_much = len(lengths), bool(refused) or waiting > limit or (stop is not None and stop.overloaded)
     if not too_much:
-        wait(futures, timeout=DRAIN_S)
+        _drain(under_way)
         waiting = sent - len(finished)
     if refused or too_much or waiting:
-        for future in futures:
+        for future in list(under_way.values()):
             future.cancel()
         _overloaded(refused, rate, stop.reason if stop and stop.overloaded else "", waiting, limit, arrivals[sent - 1] - arrivals[0])
     return Window(
@@ -151,10 +150,14 @@ def closed_loop(
     concurrency = min(concurrency, int(session.effective.get("serve.queue_limit", concurrency)))
     slots = threading.Semaphore(concurrency)
     finished: list[tuple[float, float]] = []
-    futures: list[Future[Scores]] = []
+    under_way: dict[int, Future[Scores]] = {}
+    failed: list[BaseException] = []
 
-    def finish(sent: float, future: Future[Scores]) -> None:
+    def finish(i: int, sent: float, future: Future[Scores]) -> None:
         finished.append((time.perf_counter(), sent))
+        if error := future.exception():
+            failed.append(error)
+        del under_way[i]
         slots.release()
 
     before = dict(session.counters())
@@ -171,10 +174,13 @@ def closed_loop(
             looked = tenths
             if enough(_rates(finished, start, seconds, tenths)):
                 break
-        futures.append(session.submit(requests[i % len(requests)]))
-        futures[-1].add_done_callback(partial(finish, sent))
-    for future in futures:
-        future.result(DRAIN_S)  # what the engine raised, this raises
+        under_way[i] = future = session.submit(requests[i % len(requests)])
+        future.add_done_callback(partial(finish, i, sent))
+    _drain(under_way)
+    if failed:
+        raise failed[0]
+    if under_way:
+        raise TimeoutError(f"{len(under_way)} requests had no answer {DRAIN_S:.0f} s after the last was sent; is the engine alive?")
     latency = np.array([end - sent for end, sent in finished]) * 1000
     slices = _rates(finished, start, seconds, tenths)
     counters = _delta(before, session.counters())
@@ -227,7 +233,7 @@ def timed_window(
 
     Raises SettingsError when the load is too much or the engine keeps compiling, MachineError when every window was disturbed.
     """
-    heap.freeze()
+    pauses.shorten()
     engines = max(1, int(session.effective.get("engine.processes", 1)))
     judge = partial(
         machine.disturbance, foreign_share=foreign_share, steal_share=steal_share, engines=engines, cpu_drift=cpu_drift, gpu_drift=gpu_drift
@@ -268,9 +274,11 @@ def spoilt(window: Window, late_limit_ms: float = LATE_MS) -> str:
     return ""
 
 
-def quick_switching() -> None:
-    """Let the sender's thread in within half a millisecond. For a process that does nothing but measure."""
-    sys.setswitchinterval(SWITCH_S)
+def _drain(under_way: Mapping[int, Future[Scores]]) -> None:
+    """Wait until none is left, DRAIN_S at most. A future is done a moment before whoever is told of it has heard."""
+    end = time.perf_counter() + DRAIN_S
+    while (left := list(under_way.values())) and time.perf_counter() < end:
+        wait(left, timeout=DRAIN_S)
 
 
 def _seen(arrivals: Sequence[float], done: Sequence[float], lengths: Sequence[int], start: float, now: float) -> Seen:

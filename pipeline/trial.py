@@ -270,7 +270,7 @@ class _Trial:
         """Warm up, then the closed loop and the window, whichever may decide the trial first."""
         import numpy as np
 
-        from pipeline import measure, percentiles, workload
+        from pipeline import measure, pauses, percentiles, workload
 
         how, inputs = self.order.measure, Path(self.order.inputs)
         name = str(how.get("workload", workload.WORKLOAD))
@@ -278,7 +278,7 @@ class _Trial:
         decide = decider(self.order.decide, how)
         if decide:
             decide.known(self.metrics)
-        measure.quick_switching()
+        pauses.shorten()
         self._phase(0.5, "warmup")
         measure.warm_up(session, warm, int(how["concurrency"]), float(how["warmup_s"]), print)
         rate = float(how.get("rate_rps", 0.0))

@@ -33,7 +33,7 @@ def _place(tile, down, across, GROUP: tl.constexpr):
     return band * GROUP + (tile % (GROUP * across)) % height, (tile % (GROUP * across)) // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear(
     x_tiles, w_tiles, add_tiles, out_tiles, bias_ptr, x_scale_ptr, w_scale_ptr, rows, columns, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -69,7 +69,7 @@ def _linear(
             out_tiles.store([row, column], acc.to(out_tiles.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one kernel for all numbers of rows, not others for 1 and for multiples of 16
 def _linear_few(
     x_tiles, w_tiles, out_tiles, rest_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, rows, columns, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,

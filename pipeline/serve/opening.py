@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import artifact, heap
+from pipeline import artifact, pauses
 from pipeline.artifact import Manifest
 from pipeline.backends import registry, tolerance
 from pipeline.backends.knobs import LOAD_STAGES, stage
@@ -56,7 +56,7 @@ def open_session(path: Path, changes: Settings | None = None) -> Opened:
     except BaseException:
         session.close()
         raise
-    heap.freeze()
+    pauses.shorten()
     changed = [f"{k}: was {v}, is {session.effective.get(k, 'absent')}" for k, v in manifest.effective.items() if session.effective.get(k) != v]
     return Opened(
         session=session, manifest=manifest, schema=read_schema(path), largest_difference=largest, notes=(*notes, *(f"setting {c}" for c in changed))

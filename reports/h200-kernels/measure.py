@@ -338,11 +338,12 @@ def engine() -> list[dict[str, Any]]:
     """The engine as it serves large: requests in, scores out, packing, copies and queue included; full-length requests of 128 candidates."""
     from model import checkpoint
     from pipeline import measure as load
+    from pipeline import pauses
     from pipeline.backends.fused import BACKEND
 
     torch.manual_seed(0)
     requests, rows = _requests(64, 2048, 0.0), []
-    load.quick_switching()
+    pauses.shorten()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         checkpoint.save(place / "checkpoint", MTGR(SIZES["large"], traffic.schema()))

@@ -29,7 +29,7 @@ from sampled import Sampler  # noqa: E402
 from model import checkpoint  # noqa: E402
 from model.config import SIZES  # noqa: E402
 from model.network import MTGR  # noqa: E402
-from pipeline import measure  # noqa: E402
+from pipeline import pauses  # noqa: E402
 from pipeline.backends.vllm import options  # noqa: E402
 from pipeline.backends.vllm.backend import BACKEND  # noqa: E402
 from pipeline.contracts import RankingRequest  # noqa: E402
@@ -91,7 +91,7 @@ def main(out: Path, names: Sequence[str], tiny: bool) -> None:
     if tiny:
         own.scale = own.TINY
     out.mkdir(parents=True, exist_ok=True)
-    measure.quick_switching()
+    pauses.shorten()
     options.FIXED["worker_cls"] = "sampled.SampledWorker"
     torch.manual_seed(0)
     profile: dict[str, Any] = {}

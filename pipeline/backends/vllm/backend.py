@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline import gpu
+from pipeline import forking, gpu
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.vllm import options
@@ -30,8 +30,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # nothing is sampled, and looking for the sampler fails where flashinfer is missing
 }
-"""Of this process while an engine starts; its processes inherit it. How they start is vLLM's choice: forked where no CUDA context is in use yet, they
-need not import everything again (large on an H200: 28 to 32 s to the first score, spawned 53 s).
+"""Of this process while an engine starts; its processes inherit it. How they start is vLLM's choice where this one may fork (`forking`): it forks if
+no CUDA context is in use yet, and they need not import everything again (large on an H200: 25 to 35 s to the first score, spawned 53 s).
 """
 CLOSE_S = 5.0
 """How long processes that an engine left behind may take to end by themselves."""
@@ -102,7 +102,8 @@ class Vllm:
         def start() -> Engine:
             return _start(folder / SERVED, asked)
 
-        with _environment({**ENVIRONMENT, "VLLM_LOGGING_CONFIG_PATH": str(words.config)}):
+        method = {} if forking.ready() else {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+        with _environment({**ENVIRONMENT, **method, "VLLM_LOGGING_CONFIG_PATH": str(words.config)}):
             try:
                 session = VllmSession(
                     start,

@@ -1,8 +1,9 @@
-"""Several engines behind one session, each with a front end of its own: one Python process cannot hand over requests as fast as a GPU ranks them.
+"""Several engines behind one session, each in a process of its own: one Python process cannot plan steps as fast as a GPU computes them.
 
-A member, a process of its own, loads the engine as if it were alone and serves what this session sends it; the engine it starts is one more process.
-Users are divided among members by who they are, so that each finds their history where it was kept. The engines share one GPU by turns, and its
-memory in equal parts. Messages go over ZeroMQ, which vLLM brings: it sends from a thread of its own, so that `submit` never waits for a busy engine.
+A member, which is such a process, loads the engine as if it were alone, without another for its core (`core.LocalCore`), and serves what this session
+sends it: while one member plans, the GPU computes another's step. Users are divided among members by who they are, so that each finds their history
+where it was kept. The engines share one GPU by turns, and its memory in equal parts. Messages go over ZeroMQ, which vLLM brings: it sends from a
+thread of its own, so that `submit` never waits for a busy engine.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from itertools import count
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 
-from pipeline import errors, heap
+from pipeline import errors, pauses
+from pipeline.backends.vllm.payload import Flat, flattened, restored
 from pipeline.backends.vllm.session import full
 from pipeline.contracts import FeatureSchema, RankingRequest, Scores, Settings
 from pipeline.errors import AutotuneError, InvalidRequest, MachineError, SettingsError
@@ -45,6 +46,10 @@ KILLED_S = 5.0
 RESERVE_MIB = 4096
 """Of GPU memory for each engine besides its weights and its pages: CUDA's context, a step's tensors, graphs."""
 LEAST_MIB = 256
+
+
+Accept = Callable[[Flat], Future[Scores]]
+"""A session's `submit` for what the session's process has validated: `accept` where it has that."""
 
 
 class Task(NamedTuple):
@@ -72,19 +77,7 @@ def divided(settings: Settings, gpu_mib: float, weights_mib: float) -> Settings:
             "out_of_memory",
         )
     shares: Settings = {"engine.gpu_memory_utilization": round(share, 4), "engine.kv_cache_memory_mib": pages}
-    return {**settings, **shares, "engine.processes": 1, "engine.host_cache_gib": float(settings["engine.host_cache_gib"]) / number}
-
-
-class Flat(NamedTuple):
-    """A request on its way to a member."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    ids: bytes
-    """int32: user, events, candidates, visible."""
-    cross: bytes
-    """float32."""
-    static_count: int
-    user_key: int
+    return {**settings, **shares, "engine.processes": 0, "engine.host_cache_gib": float(settings["engine.host_cache_gib"]) / number}
 
 
 class Processes:
@@ -124,7 +117,7 @@ class Processes:
             raise
         capacity = sum(int(one.get("engine.kv_capacity_tokens", 0)) for one in found)
         self.effective: Settings = {**found[0], **told, "engine.processes": len(found), "engine.kv_capacity_tokens": capacity}
-        heap.freeze()
+        pauses.shorten()
 
     def submit(self, request: RankingRequest) -> Future[Scores]:
         """Hand one request to its user's engine. Raises InvalidRequest, or RuntimeError once closed; the future fails with Overloaded when full."""
@@ -247,27 +240,6 @@ def member_of(request: RankingRequest, number: int) -> int:
     return zlib.crc32(request.user_key.to_bytes(8, "little", signed=True) if request.user_key else oldest) % number
 
 
-def flattened(request: RankingRequest) -> Flat:
-    """A validated request as it travels: half the bytes and a third of the time of a pickle of it."""
-    ids = (request.user, request.events, request.candidates, request.visible)
-    joined = np.concatenate([part.reshape(-1) for part in ids], dtype=np.int32, casting="unsafe")
-    shapes = tuple(part.shape for part in (*ids, request.cross))
-    return Flat(shapes, joined.tobytes(), request.cross.astype(np.float32, copy=False).tobytes(), request.static_count, request.user_key)
-
-
-def restored(flat: Flat) -> RankingRequest:
-    """The request again, without its arrival."""
-    ids, at, parts = np.frombuffer(flat.ids, np.int32).astype(np.int64), 0, []
-    for shape in flat.shapes[:4]:
-        parts.append(ids[at : at + prod(shape)].reshape(shape))
-        at += prod(shape)
-    user, events, candidates, visible = parts
-    cross = np.frombuffer(flat.cross, np.float32).reshape(flat.shapes[4])
-    return RankingRequest(
-        user=user, events=events, static_count=flat.static_count, candidates=candidates, cross=cross, visible=visible, user_key=flat.user_key
-    )
-
-
 def _packed(number: int, what: str, content: Any = None) -> bytes:
     return pickle.dumps((number, what, content), pickle.HIGHEST_PROTOCOL)
 
@@ -322,11 +294,11 @@ class _Member:
             self._answer(-1, error)
             raise
         self._answer(-1, None, dict(session.effective))
-        submit = getattr(session, "accept", session.submit)  # the session's process has validated it
+        accept: Accept = getattr(session, "accept", lambda flat: session.submit(restored(flat)))
         while True:
             number, what, content = pickle.loads(self._inbox.recv())
             if what == "score":
-                self._score(submit, number, restored(content))
+                self._score(accept, number, content)
             elif what == "cancel":
                 if future := self._waiting.pop(number, None):
                     future.cancel()
@@ -337,9 +309,9 @@ class _Member:
             else:
                 self._answer(number, None, getattr(session, what)())
 
-    def _score(self, submit: Callable[[RankingRequest], Future[Scores]], number: int, request: RankingRequest) -> None:
+    def _score(self, accept: Accept, number: int, request: Flat) -> None:
         try:
-            future: Future[Scores] = submit(request)
+            future = accept(request)
         except (InvalidRequest, RuntimeError) as error:
             self._answer(number, error)
             return

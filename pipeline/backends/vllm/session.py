@@ -17,8 +17,8 @@ from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
-from pipeline import heap
-from pipeline.backends.vllm.payload import Prompt, encode
+from pipeline import pauses
+from pipeline.backends.vllm.payload import Flat, Prompt, encoded, flattened
 from pipeline.contracts import HEADS, FeatureSchema, RankingRequest, Scores, Settings
 from pipeline.errors import AutotuneError, MachineError, Overloaded
 from pipeline.requests import validate
@@ -103,15 +103,15 @@ class VllmSession:
             self._closed = True
             self._end()
             raise
-        heap.freeze()
+        pauses.shorten()
 
     def submit(self, request: RankingRequest) -> Future[Scores]:
         """Hand one request to the engine. Raises InvalidRequest, or RuntimeError once closed; the future fails with Overloaded when too many wait."""
         validate(request, self._schema, self._max_seq_len)
-        return self.accept(request)
+        return self.accept(flattened(request))
 
-    def accept(self, request: RankingRequest) -> Future[Scores]:
-        """`submit` for a request that was validated before: by another process's session, for one."""
+    def accept(self, request: Flat) -> Future[Scores]:
+        """`submit` for a request that was validated and flattened before: by another process's session, for one."""
         future: Future[Scores] = Future()
         with self._lock:
             if self._closed:
@@ -124,9 +124,9 @@ class VllmSession:
                 future.set_exception(full(self._limit, len(self._open)))
                 return future
             name, generation = str(next(self._names)), self._generation
-            self._open[name] = Waiting(future, len(request.user) + len(request.events), len(request.candidates))
+            self._open[name] = Waiting(future, request.lengths.history, request.lengths.candidates)
         try:
-            prompt = encode(request)
+            prompt = encoded(request)
             # A workload that runs out of users sends one again under another key, and means somebody else by it. All hexadecimal: it heads hashes.
             self._engine.send(name, f"{generation:08x}{request.user_key % 2**64:016x}{prompt.salt}", prompt)
         except Exception as error:  # whatever it is, someone waits for it

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.backends.vllm.inside.paged import Pages, dry_step, pages_of
+from pipeline.backends.vllm.inside.paged import Pages, dry_step, placed
 from pipeline.backends.vllm.step import Room, Step, words
 
 Score = Callable[[Step, Pages], Tensor]
@@ -28,15 +28,14 @@ class StepGraphs:
     pool: Any = None
 
     def __init__(self, score: Score, rooms: Sequence[Room], columns: tuple[int, ...], device: torch.device, places: int | Pages) -> None:
-        """`places` are pages a request, which each step brings, or the table [requests, pages] and slots [rows] that vLLM fills before each."""
+        """`places` as of `paged.placed`."""
         pages = places if isinstance(places, int) else 0
         self.flat = torch.zeros(max(words(room.shapes(columns, pages)) for room in rooms), dtype=torch.int32, device=device)
         self.replays: dict[Room, Replay] = {}
         with torch.inference_mode():
             for room in reversed(rooms):  # the largest first: the others find room in its memory
                 step = dry_step(room, columns, device, self.flat, pages)
-                where = pages_of(step) if isinstance(places, int) else Pages(places.table[: room.requests], places.slots[: room.rows])
-                self.replays[room] = self.captured(partial(score, step, where))
+                self.replays[room] = self.captured(partial(score, step, placed(step, room, places)))
 
     def score(self, step: Step) -> Tensor:
         """[C, heads] of a step with a room."""

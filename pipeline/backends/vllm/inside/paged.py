@@ -6,6 +6,7 @@ Nothing of vLLM's is between the kernels, so that a whole step can be captured (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,11 @@ def pages_of(step: Step) -> Pages:
     assert step.table is not None, "a step that says where its histories lie"
     assert step.slots is not None
     return Pages(step.table, step.slots)
+
+
+def placed(step: Step, room: Room, places: int | Pages) -> Pages:
+    """Of a dry step of `room`. `places` are pages a request, which steps bring, or the table [requests, pages] and slots [rows] that vLLM fills."""
+    return pages_of(step) if isinstance(places, int) else Pages(places.table[: room.requests], places.slots[: room.rows])
 
 
 class PagedBlock(Block):
@@ -114,6 +120,13 @@ class PagedNetwork(nn.Module):
         """[C, heads]."""
         assert self.paged is not None, "a network is loaded before it runs"
         return self.paged.score(step, where)
+
+    @torch.inference_mode()
+    def warm(self, rooms: Sequence[Room], places: int | Pages) -> None:
+        """Run steps of `rooms` in which nothing is done: kernels that they need are compiled by now, and not while requests wait."""
+        for room in rooms:
+            step = dry_step(room, self.columns, self.device, pages=places if isinstance(places, int) else 0)
+            self.score(step, placed(step, room, places))
 
     def forward(self, step: Step | None, rows: int, where: Pages | None) -> Tensor:
         """[C, heads]; without a step zeros of `rows`, at the full cost in memory."""

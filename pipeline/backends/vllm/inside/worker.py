@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
+from pipeline import pauses
+from pipeline.backends.vllm.options import capture_sizes
 from pipeline.backends.vllm.payload import KEY, decode
 from pipeline.backends.vllm.step import Room, plan, rooms
 
@@ -33,7 +35,8 @@ class MtgrWorker(Worker):
         runner._init_model_kwargs = lambda *_: step_of(runner, self.captured)
 
     def compile_or_warm_up_model(self) -> Any:
-        """And capture steps: by now the pages have their place."""
+        """And compile what steps need, and capture steps: by now the pages have their place."""
+        pauses.shorten()  # this process may be a core's own: requests are read in one thread, and steps planned in another
         times = super().compile_or_warm_up_model()
         model = self.model_runner.get_model()
         if not model.kernels:
@@ -46,8 +49,14 @@ class MtgrWorker(Worker):
         if config.kv_transfer_config is None and own.get("runner", True):
             pages = self.model_runner.kv_caches[0].shape[2]
             self.own = StepRunner(model, self.device, size=cache.kv_cache_spec.block_size, page=pages, longest=config.model_config.max_model_len)
-        if captured := rooms(own.get("capture", ())):
-            model.capture(captured, self.own.pages if self.own else Pages(batch.block_table.gpu, batch.slot_mapping.gpu))
+        places = self.own.pages if self.own else Pages(batch.block_table.gpu, batch.slot_mapping.gpu)
+        captured = rooms(own.get("capture", ()))
+        if self.device.type == "cuda":  # Triton's interpreter compiles nothing
+            reach = captured[-1].rows if captured else 0
+            every = rooms(capture_sizes(config.scheduler_config.max_num_batched_tokens))
+            model.network.warm([room for room in every if room.rows > reach], places)
+        if captured:
+            model.capture(captured, places)
             self.captured = captured
             if self.own:
                 self.own.graphs = captured

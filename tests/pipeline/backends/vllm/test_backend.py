@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from dataclasses import replace
@@ -46,6 +47,8 @@ def load(folder: Path, **changes: bool | int | float | str) -> VllmSession:
 
 @pytest.mark.parametrize("processes", [1, 0])
 def test_a_returning_users_history_is_found_until_it_is_forgotten(tmp_path: Path, processes: int) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # what other tests have left, which closing an engine gives back too
     before, held = adapter._below(), torch.cuda.memory_reserved()
     request = random_request(np.random.default_rng(0), static=40, realtime=20, candidates=9)
     session = load(built(tmp_path, precision="bf16"), processes=processes)

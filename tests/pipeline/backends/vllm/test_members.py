@@ -24,7 +24,8 @@ from model.config import SIZES
 from model.oracle import oracle_scores
 from pipeline.backends import registry
 from pipeline.backends.vllm import processes
-from pipeline.backends.vllm.processes import Processes, Task, divided, flattened, member_of, restored
+from pipeline.backends.vllm.payload import flattened, restored
+from pipeline.backends.vllm.processes import Processes, Task, divided, member_of
 from pipeline.contracts import RankingRequest, Settings
 from pipeline.errors import InvalidRequest, MachineError, Overloaded, SettingsError
 from tests.factories import SCHEMA, random_request
@@ -205,7 +206,7 @@ def test_memory_is_divided(changes: Settings, gpu: float, pages: int) -> None:
     number = int({**WHOLE, **changes}["engine.processes"])
     assert one["engine.kv_cache_memory_mib"] == pages
     assert (one["engine.gpu_memory_utilization"], one["engine.host_cache_gib"]) == (round(0.9 / number, 4), 6 / number)
-    assert (one["engine.processes"], one["engine.block_size"]) == (1, 16)
+    assert (one["engine.processes"], one["engine.block_size"]) == (0, 16)
 
 
 @pytest.mark.parametrize(("gpu", "message"), [(0, "needs engine.kv_cache_memory_mib where there is no GPU"), (10_000, "leaves each engine -496 MiB")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,14 @@ import torch
 pytest.importorskip("vllm", reason="vllm is not installed")
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from model import kernels
 from model.oracle import oracle_scores
+from pipeline import pauses
 from pipeline.backends.vllm.inside.graphs import StepGraphs
+from pipeline.backends.vllm.step import Room
 from pipeline.contracts import RankingRequest
 from tests.factories import random_request
-from tests.pipeline.backends.vllm.engines import Engine, open_engine
+from tests.pipeline.backends.vllm.engines import TINY, Engine, open_engine
 from tests.pipeline.backends.vllm.test_engine import grown
 
 TOLERANCE = 1e-4
@@ -52,6 +56,40 @@ def test_returning_users_alone_and_together(engine: Engine) -> None:
         for some in ([user] for user in users):
             assert worst(engine, some) < TOLERANCE
         assert worst(engine, users) < TOLERANCE
+
+
+def test_threads_of_an_engines_process_wait_shortly(engine: Engine) -> None:
+    assert sys.getswitchinterval() == pytest.approx(pauses.SWITCH_S)
+
+
+def test_steps_of_nothing_leave_pages_and_scores_as_they_are(engine: Engine) -> None:
+    """A start runs them for the sake of their kernels; here once a user is known."""
+    user = random_request(np.random.default_rng(8), static=20, realtime=12, candidates=5)
+    (before,) = engine.score([user])
+    runner = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    caches = [cache.clone() for cache in runner.kv_caches]
+    room = Room(rows=48, requests=2, events=16, candidates=32, tiles=4, candidate_tiles=4)
+    runner.get_model().network.warm([room], 3)
+    assert all(torch.equal(was, cache) for was, cache in zip(caches, runner.kv_caches, strict=True))
+    (after,) = engine.score([user])
+    assert after.cached == 32
+    assert abs(after.scores - before.scores).max() < 1e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="nothing is compiled in the interpreter")
+@pytest.mark.parametrize("own", [True, False], ids=["our runner", "vllm's runner"])
+@pytest.mark.parametrize("capture", [(), (16, 32, 64)], ids=["no graphs", "small graphs"])
+def test_no_step_compiles_a_kernel(capture: tuple[int, ...], own: bool, tmp_path: Path) -> None:
+    rng, wanted = np.random.default_rng(4), {"kernels": True, "capture": capture, "runner": own}
+    config = replace(TINY, max_seq_len=1024)
+    changes = {"max_model_len": 1024, "max_num_batched_tokens": 8192, "max_num_seqs": 64, "kv_cache_memory_mib": 64}
+    with open_engine(tmp_path, config, precision="bf16", raw={"additional_config": wanted}, **changes) as engine:
+        before = kernels.compiled()
+        for count in (1, 1, 2, 3, 5, 8, 13, 30, 64):
+            engine.score([random_request(rng, static=int(s), realtime=20, candidates=int(c)) for s, c in rng.integers(1, 100, (count, 2))])
+        engine.score([random_request(rng, static=900, realtime=0, candidates=120)] * 1)
+        engine.score([random_request(rng, static=0, realtime=0, candidates=1)])
+        assert kernels.compiled() == before
 
 
 def test_graphs_of_all_steps_are_as_many_as_were_asked_for(engine: Engine) -> None:

@@ -65,15 +65,36 @@ def test_who_asks_and_where_static_ends_are_in_the_salt(request_: RankingRequest
     user = request_.user.copy()
     user[0] = (user[0] + 1) % 3
     assert encode(replace(request_, user=user)).salt != encode(request_).salt
-    fewer = encode(replace(request_, static_count=39, visible=request_.visible + 1))
-    assert fewer.salt != encode(request_).salt
-    assert marks_of(fewer.payload, MARK)[2] != marks_of(encode(request_).payload, MARK)[2]
+    for count in (0, 1, 23, 24, 39, 41):
+        fewer = encode(replace(request_, static_count=count, visible=request_.visible + 40 - count))
+        assert fewer.salt != encode(request_).salt
 
 
 def test_the_order_of_events_is_in_the_marks(request_: RankingRequest) -> None:
     events = request_.events.copy()
     events[[50, 51]] = events[[51, 50]]
     assert marks_of(encode(replace(request_, events=events)).payload, MARK)[3] != marks_of(encode(request_).payload, MARK)[3]
+
+
+def test_the_order_of_marks_is_in_all_that_follow() -> None:
+    request = random_request(np.random.default_rng(4), static=0, realtime=100, candidates=2)
+    events, start = request.events.copy(), MARK - len(request.user)  # where the second mark begins
+    events[start : start + 2 * MARK] = np.roll(events[start : start + 2 * MARK], MARK, axis=0)
+    one, other = (marks_of(encode(r).payload, MARK) for r in (request, replace(request, events=events)))
+    assert [a == b for a, b in zip(one, other, strict=True)] == [True] + [False] * (len(one) - 1)
+
+
+@pytest.mark.parametrize("users", [0, 3, 16, 40])
+def test_marks_that_users_reach(users: int) -> None:
+    rng = np.random.default_rng(5)
+    request = replace(random_request(rng, static=30, realtime=30, candidates=2), user=rng.integers(0, 9, users))
+    marks = marks_of(encode(request).payload, MARK)
+    assert len(set(marks)) == len(marks) == (users + 60) // MARK
+    for place in range(users):
+        changed = request.user.copy()
+        changed[place] += 1
+        others = marks_of(encode(replace(request, user=changed)).payload, MARK)
+        assert [a == b for a, b in zip(marks, others, strict=True)] == [number < place // MARK for number in range(len(marks))]
 
 
 def test_marks_of_many_events_do_not_meet() -> None:
@@ -83,6 +104,8 @@ def test_marks_of_many_events_do_not_meet() -> None:
     events = np.concatenate([events, np.zeros((len(events), request.events.shape[1] - 2), np.int64)], axis=1)
     marks = marks_of(encode(replace(request, events=events, static_count=0)).payload, MARK)
     assert len({mark[:8] for mark in marks}) == len({mark[8:] for mark in marks}) == len(marks) == 119_972 // MARK
+    one, other = np.frombuffer(b"".join(marks), np.uint64).reshape(-1, 2).T
+    assert (np.diff(one) != np.diff(other)).all()  # two lanes, not one twice
 
 
 @pytest.mark.parametrize("cut", [0, 10, -4])

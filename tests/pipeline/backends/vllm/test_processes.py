@@ -43,7 +43,7 @@ def run(folder: Path, plugins: str = "mtgr", **changes: Any) -> None:
     script = folder / "script.py"
     script.write_text(SCRIPT)
     wanted = {"VLLM_PLUGINS": plugins, "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_CPU_SIM_MULTI_NUMA": "1"}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **wanted}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **wanted}
     ran = subprocess.run([sys.executable, script, folder, json.dumps(changes)], env=environment, capture_output=True, text=True, timeout=250)
     assert "scores are right" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-3000:]
 
