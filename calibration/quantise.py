@@ -2,8 +2,8 @@
 
 The folder holds the model as engines read it: model.safetensors, with weights on their grids and tables of one byte a value, and how each layer
 rounds its input in config.json; for int8, fp8 and int4 also an ONNX graph with Q/DQ nodes. Where the quantiser made it, its own state lies beside,
-from which the calibrated model comes back bit for bit. Quantisation runs on the CPU, so that its result does not depend on the machine's device. The
-quantiser is imported inside functions, because it takes seconds.
+from which the calibrated model comes back bit for bit. Calibration runs on the GPU where there is one, because a large model takes a CPU seconds a
+request, and all else on the CPU; so ranges differ in their last bits between machines. The quantiser is imported inside functions: it takes seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +43,9 @@ Progress = Callable[[float, str], None]
 BATCH = 8
 """Requests in one calibration batch: bounds memory, changes nothing else."""
 
-COMPARED = 32
-"""Requests on which what engines read is compared with the fake-quantised model, and that with the float model."""
+COMPARED, COMPARED_TOKENS = 32, 8192
+"""Requests on which what engines read is compared with the fake-quantised model, and that with the float model; of long ones fewer, at least two,
+because the inputs of all layers are kept for it."""
 
 
 def quantise(checkpoint: Path, recipe: str, requests: Path, out: Path, progress: Progress, mix: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def quantise(checkpoint: Path, recipe: str, requests: Path, out: Path, progress:
     _require_layers(model, chosen)
 
     out.mkdir(parents=True, exist_ok=True)
-    compared = calibration[:COMPARED]
+    compared = _few(calibration)
     unrounded = _scores(model, compared)
     model = tables.quantise(model, chosen.tables)
     found, figures = (
@@ -106,7 +108,7 @@ def _by_the_quantiser(
     save_state(model, out / STATE)
     _require_same(model, restore(checkpoint, out / STATE, recipe))
     progress(0.7, f"writing what engines read of {recipe.name}, and comparing it with the model")
-    found, compared = scales.roundings(model), requests[:COMPARED]
+    found, compared = scales.roundings(model), _few(requests)
     scales.write_weights(model, out / WEIGHTS)
     figures = scales.compare(model, out / WEIGHTS, found, recipe.tables, compared)
     if recipe.number == "int8":
@@ -126,7 +128,7 @@ def _by_hand(
     """The same where the quantiser has no part: in NVFP4, and where only tables are rounded. Here the model becomes what is written."""
     found: dict[str, Rounding] = {}
     if recipe.calibrates:
-        with _finite_inputs(model, recipe):
+        with _finite_inputs(model, recipe), _on_its_device(model):
             forward = _forward(requests, lambda share: progress(0.1 + 0.5 * share, f"calibrating {recipe.name}"))
             found = nvfp4.calibrate(model, recipe.layers, forward)
         for name, rounding in found.items():
@@ -143,7 +145,7 @@ def calibrate(model: MTGR, recipe: Recipe, requests: Sequence[RankingRequest], p
 
     if recipe.sparse:
         sparsify(model, recipe)
-    with torch.no_grad(), warnings.catch_warnings(), registered(recipe), _finite_inputs(model, recipe):
+    with torch.no_grad(), warnings.catch_warnings(), registered(recipe), _finite_inputs(model, recipe), _on_its_device(model):
         warnings.filterwarnings("ignore", message=".*is not calibrated, skip smoothing")  # the layers that the recipe leaves in float
         model = mtq.quantize(model, recipe.modelopt_config(), _forward(requests, progress))
     for name, module in model.named_modules():
@@ -170,7 +172,7 @@ def _forward(requests: Sequence[RankingRequest], progress: Callable[[float], Non
     def forward(module: MTGR) -> None:
         nonlocal seen
         for start in range(0, len(requests), BATCH):
-            module(*pack(requests[start : start + BATCH]).tensors())
+            module(*(tensor.to(module.device) for tensor in pack(requests[start : start + BATCH]).tensors()))
             seen += BATCH
             progress(min(1.0, seen / len(requests)))
 
@@ -203,6 +205,22 @@ def _require_layers(model: MTGR, recipe: Recipe) -> None:
         raise UserError(f"a mix names layers of the checkpoint, and this one has no {', '.join(unknown)}; choose the mix for it")
     if recipe.attention != "float" and model.config.layer != "hstu":
         raise UserError(f"{recipe.name} rounds the attention of layer=hstu, and this model is {model.config.layer}; use another recipe")
+
+
+def _few(requests: Sequence[RankingRequest]) -> Sequence[RankingRequest]:
+    """The first of them, as many as are compared."""
+    within = np.searchsorted(np.cumsum([request.tokens for request in requests]), COMPARED_TOKENS, side="right")
+    return requests[: max(2, min(COMPARED, int(within)))]
+
+
+@contextmanager
+def _on_its_device(model: MTGR) -> Iterator[None]:
+    """While open, the model is on the GPU, if there is one."""
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        yield
+    finally:
+        model.to("cpu")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from calibration import parity, samples
-from calibration.quantise import calibrate, quantise, restore
+from calibration.quantise import _few, calibrate, quantise, restore
 from calibration.recipes import INT4_BLOCK, get
 from model import checkpoint
 from model.batch import pack
@@ -249,3 +249,24 @@ def test_a_flipped_byte_in_the_checkpoint_is_refused(base: Path, tmp_path: Path)
     weights.write_bytes(content)
     with pytest.raises(CheckpointError, match="is not what was written"):
         quantise(tmp_path / "checkpoint", "int8_max", base / "calibration.npz", tmp_path / "out", silent)
+
+
+def test_long_requests_are_compared_fewer_at_a_time() -> None:
+    rng = np.random.default_rng(0)
+    short, long = ([random_request(rng, static=events, realtime=0, candidates=4)] * 50 for events in (20, 2000))
+    assert (len(_few(short)), len(_few(long))) == (32, 4)
+    assert len(_few([*long[:3], random_request(rng, static=20_000, realtime=0, candidates=4)])) == 3
+    assert len(_few([random_request(rng, static=20_000, realtime=0, candidates=4)] * 3)) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["int8_max", "int8_smoothquant", "fp8_attention", "int4_awq", "nvfp4"])
+def test_a_gpu_finds_the_ranges_of_a_cpu(name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        quantise(base / "checkpoint", name, base / "calibration.npz", tmp_path / str(there), silent)
+        config = json.loads((tmp_path / str(there) / "config.json").read_text())
+        found.append({layer: rounding["largest"] for layer, rounding in config["roundings"].items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
