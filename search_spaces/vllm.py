@@ -24,8 +24,8 @@ DEFAULTS: Settings = {
 }
 """vLLM's own where they do not depend on the machine; prefix caching, off for pooling unless asked for, is why it is used at all."""
 
-CORES = 3
-"""Of the host for each of several engines: its front end, its own, and a part of who sends."""
+CORES = 2
+"""Of the host for each of several engines: its process (1.25 on an H200's host, at its peak), and a part of who sends."""
 
 SHARED: tuple[Node, ...] = (
     Choice(
@@ -139,9 +139,9 @@ def _on_gpu(cores: int) -> Space:
         Choice(
             name="engine.processes",
             options=processes,
-            why="0 computes in the process that takes requests: a lone one is answered soonest, as nothing is handed over; 1 hands over 1,500 to "
-            "2,500 a second, which returning users are ranked faster than; each of several is a front end and an engine, with its part of the pool, "
-            "and the GPU serves them by turns",
+            why="0 computes in the process that takes requests: a lone one is answered soonest, as nothing is handed over; 1 plans steps for up to "
+            "3,900 requests a second, which returning users are ranked faster than; each of several is an engine with its part of the pool, and the "
+            "GPU serves them by turns",
         ),
         Choice(
             name="engine.async_scheduling", options=(False, True), why="the next step is planned while one computes; vLLM leaves it off for pooling"
@@ -184,7 +184,7 @@ def _on_gpu(cores: int) -> Space:
         presets=(
             fast,
             {**fast, "engine.async_scheduling": True},
-            {**fast, "engine.async_scheduling": True, "engine.processes": max(number for number in processes if number < 4)},
+            {**fast, "engine.async_scheduling": True, "engine.processes": max(number for number in processes if number < 3)},
             pages,
             {**pages, "engine.async_scheduling": True, "engine.quantization": "fp8"},
         ),

@@ -31,7 +31,7 @@ from model import checkpoint  # noqa: E402
 from model.batch import pack  # noqa: E402
 from model.config import SIZES  # noqa: E402
 from model.network import MTGR  # noqa: E402
-from pipeline import capacity, measure  # noqa: E402
+from pipeline import capacity, measure, pauses  # noqa: E402
 from pipeline.backends.vllm.backend import BACKEND  # noqa: E402
 from pipeline.contracts import RankingRequest, Session  # noqa: E402
 from reports import traffic  # noqa: E402
@@ -76,10 +76,12 @@ ENGINES: dict[str, Row] = {
     "async": {**COMMON, **GRAPHS, **ASYNC},
     "no process": {**COMMON, **GRAPHS, "engine.processes": 0},
     "fp8 pages": {**COMMON, **GRAPHS, "engine.kv_cache_dtype": "fp8"},
-    "2 processes": {**COMMON, **GRAPHS, **ASYNC, "engine.processes": 2},
-    "3 processes": {**COMMON, **GRAPHS, **ASYNC, "engine.processes": 3},
-    "4 processes": {**COMMON, **GRAPHS, **ASYNC, "engine.processes": 4},
-    "4 processes, fp8": {**COMMON, **GRAPHS, **ASYNC, **FP8, "engine.processes": 4},
+    "2 processes": {**COMMON, **GRAPHS, "engine.processes": 2},
+    "3 processes": {**COMMON, **GRAPHS, "engine.processes": 3},
+    "4 processes": {**COMMON, **GRAPHS, "engine.processes": 4},
+    "2 processes, async": {**COMMON, **GRAPHS, **ASYNC, "engine.processes": 2},
+    "3 processes, async": {**COMMON, **GRAPHS, **ASYNC, "engine.processes": 3},
+    "3 processes, fp8": {**COMMON, **GRAPHS, **FP8, "engine.processes": 3},
     "fp8": {**COMMON, **GRAPHS, **ASYNC, **FP8},
     "small pool": {**COMMON, **GRAPHS, **POOL},
     "host tier": {**COMMON, **GRAPHS, **POOL, "engine.host_cache_gib": 48.0},
@@ -173,7 +175,7 @@ def say(row: Row) -> None:
 
 def main(out: Path, names: Sequence[str], tiny: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    measure.quick_switching()
+    pauses.shorten()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = MTGR(SIZES[scale.size], traffic.schema()).eval()

@@ -94,7 +94,7 @@ def test_graphs_and_fp8_are_drawn_only_where_they_can_be() -> None:
         assert ("engine.host_cache_gib" in point) == point["engine.enable_prefix_caching"]
 
 
-@pytest.mark.parametrize(("cores", "wanted"), [(2, (0, 1)), (8, (0, 1, 2)), (16, (0, 1, 2, 3, 4))])
+@pytest.mark.parametrize(("cores", "wanted"), [(2, (0, 1)), (4, (0, 1, 2)), (16, (0, 1, 2, 3, 4))])
 def test_a_host_has_cores_for_so_many_engines(cores: int, wanted: tuple[int, ...]) -> None:
     space = search_spaces.of("vllm", cores, gpu=True)
     assert space.reachable("engine.processes") == wanted
