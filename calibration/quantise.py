@@ -215,8 +215,9 @@ def _few(requests: Sequence[RankingRequest]) -> Sequence[RankingRequest]:
 
 @contextmanager
 def _on_its_device(model: MTGR) -> Iterator[None]:
-    """While open, the model is on the GPU, if there is one."""
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    """While open, the model is on the GPU, if there is one with twice the room it takes: large tables fit none."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    model.to("cuda" if torch.cuda.is_available() and 2 * size < torch.cuda.mem_get_info()[0] else "cpu")
     try:
         yield
     finally:

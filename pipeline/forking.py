@@ -13,13 +13,16 @@ from pathlib import Path
 HARD = 2
 """omp_pause_hard of OpenMP 5.0: give back all that can be."""
 MAPS = Path("/proc/self/maps")
-LIBRARY = re.compile(r"/\S*/lib[gi]?omp\S*")
+LIBRARY = re.compile(r"(/.*/lib[gi]?omp5?(?:[-.][^/]*)?\.so[^/]*)$", re.MULTILINE)
 
 
 def ready() -> bool:
     """Whether this thread may fork now: its OpenMP threads are given back, or it has none. Linux, with GNU's OpenMP, which PyTorch brings."""
     for path in set(LIBRARY.findall(MAPS.read_text())) if MAPS.exists() else ():
-        pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
-        if pause is None or pause(HARD):
+        try:
+            pause = ctypes.CDLL(path).omp_pause_resource_all
+        except (OSError, AttributeError):  # it was replaced since, or is older than OpenMP 5
+            return False
+        if pause(HARD):
             return False
     return True

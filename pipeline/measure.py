@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -98,9 +98,9 @@ def open_loop(session: Session, requests: Sequence[RankingRequest], look: Look |
         done[i] = time.perf_counter()
         if not future.cancelled() and future.exception():
             refused.append(future)
+        finished.append(i)
         # Who has an answer lets go of it. Kept to the end, they are what Python's collector goes through again and again, 10 ms at a time.
         del under_way[i]
-        finished.append(i)
 
     refused: list[Future[Scores]] = []
     before = dict(session.counters())
@@ -155,7 +155,7 @@ def closed_loop(
 
     def finish(i: int, sent: float, future: Future[Scores]) -> None:
         finished.append((time.perf_counter(), sent))
-        if error := future.exception():
+        if error := CancelledError() if future.cancelled() else future.exception():
             failed.append(error)
         del under_way[i]
         slots.release()
@@ -166,7 +166,8 @@ def closed_loop(
     for i in count():
         if i % len(requests) == 0:
             _forget(session)
-        slots.acquire()
+        if not slots.acquire(timeout=DRAIN_S):
+            break
         sent = time.perf_counter()
         if sent - start >= seconds:
             break

@@ -57,7 +57,7 @@ def main() -> None:
     quickest = min(now, key=lambda row: float(row["alone_warm"]["p50_ms"]))
     coldest = max(now, key=lambda row: float(row["cold"]["rps"]))
     notes = dict.fromkeys(row["note"] for row in rows if "note" in row)
-    rate = float(fastest["held"]["rate_rps"])
+    rate = float(fastest.get("held", {"rate_rps": 0})["rate_rps"])
     parts = [
         f"# Engine vllm on one {machine['gpu']}",
         f"Made by `report.py` from what `measure.py` left in `results.json`; vLLM {machine['vllm']}, torch {machine['torch']}. Large, random weights, "

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from calibration import parity, samples
-from calibration.quantise import _few, calibrate, quantise, restore
+from calibration.quantise import _few, _on_its_device, calibrate, quantise, restore
 from calibration.recipes import INT4_BLOCK, get
 from model import checkpoint
 from model.batch import pack
@@ -257,6 +257,17 @@ def test_long_requests_are_compared_fewer_at_a_time() -> None:
     assert (len(_few(short)), len(_few(long))) == (32, 4)
     assert len(_few([*long[:3], random_request(rng, static=20_000, realtime=0, candidates=4)])) == 3
     assert len(_few([random_request(rng, static=20_000, realtime=0, candidates=4)] * 3)) == 2
+
+
+@pytest.mark.parametrize(("free", "where"), [(10**9, "cuda"), (10**5, "cpu")])
+def test_a_model_is_calibrated_on_a_gpu_that_has_room_for_it(free: int, where: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, moves = checkpoint.load(base / "checkpoint"), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 10**9))
+    monkeypatch.setattr(model, "to", moves.append)
+    with _on_its_device(model):
+        pass
+    assert moves == [where, "cpu"]
 
 
 @pytest.mark.gpu

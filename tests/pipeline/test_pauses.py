@@ -14,6 +14,7 @@ def test_threads_wait_shortly_and_collections_pass_over_what_there_is(request: p
     request.addfinalizer(gc.unfreeze)
     before = sys.getswitchinterval()
     request.addfinalizer(lambda: sys.setswitchinterval(before))
+    sys.setswitchinterval(0.005)
     loaded: list[list[int]] = [[]]
     assert any(found is loaded for found in gc.get_objects())
     pauses.shorten()

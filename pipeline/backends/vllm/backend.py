@@ -1,6 +1,7 @@
 """vLLM's V1 engine: histories' K/V is kept in pages and found again when a user returns; the only engine here that remembers anybody.
 
-Its front end runs in this process, its core and its worker in others. Settings carry vLLM's own names (`options`); whether vLLM takes them together
+With `engine.processes` of 1 its core runs in a process of its own, with 0 in this one, and with more there are as many engines, each in a process of
+its own (`processes`). Settings carry vLLM's own names (`options`); whether vLLM takes them together
 only vLLM knows, so it is asked, and what it refuses is the settings' fault in its words.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline import forking, gpu
+from pipeline import gpu
 from pipeline.backends import engine
 from pipeline.backends.knobs import SERVE, Knob, settle
 from pipeline.backends.vllm import options
@@ -30,9 +31,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # nothing is sampled, and looking for the sampler fails where flashinfer is missing
 }
-"""Of this process while an engine starts; its processes inherit it. How they start is vLLM's choice where this one may fork (`forking`): it forks if
-no CUDA context is in use yet, and they need not import everything again (large on an H200: 25 to 35 s to the first score, spawned 53 s).
-"""
+"""Of this process while an engine starts; its processes inherit it."""
 CLOSE_S = 5.0
 """How long processes that an engine left behind may take to end by themselves."""
 
@@ -102,8 +101,7 @@ class Vllm:
         def start() -> Engine:
             return _start(folder / SERVED, asked)
 
-        method = {} if forking.ready() else {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-        with _environment({**ENVIRONMENT, **method, "VLLM_LOGGING_CONFIG_PATH": str(words.config)}):
+        with _environment({**ENVIRONMENT, "VLLM_LOGGING_CONFIG_PATH": str(words.config)}):
             try:
                 session = VllmSession(
                     start,

@@ -3,14 +3,16 @@
 `AsyncLLM` renders, checks and copies each request, and gives it a queue, a generator and a task: half of what a request costs this process, for what
 is checked before and answered once. Below it are the clients that vLLM's `LLM` has; what is used of them is all here. Imported where vLLM is alone.
 
-`Core` is a process of its own, which works while this one takes requests. `LocalCore` is none: a lone request is not handed from thread to thread and
-process to process ten times, which takes a millisecond, but who takes requests waits for Python's lock while a step is planned.
+`Core` is a process of its own, which works while this one takes requests. `LocalCore` is none: a request is not handed from thread to thread and
+process to process ten times, which takes a millisecond, but who takes requests waits for Python's lock while a step is planned. It is the core of a
+process that has nothing else to do, as each of several engines has (`processes`).
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -31,6 +33,7 @@ from vllm.v1.engine.core_client import InprocClient, SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
+from pipeline import forking
 from pipeline.backends.vllm.payload import KEY, Prompt
 from pipeline.backends.vllm.session import Answer
 from pipeline.contracts import HEADS
@@ -49,6 +52,10 @@ class Core:
     def __init__(self, arguments: dict[str, Any]) -> None:
         """Starts its processes, with these arguments of EngineArgs."""
         config = _config(arguments)
+        # vLLM forks, where no CUDA context is in use: what it forks need not import everything again (large on an H200: 25 to 35 s to the first
+        # score, spawned 53 s).
+        if not forking.ready():
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         self._client = SyncMPClient(config, Executor.get_class(config), log_stats=False)
         decoder: Any = self._client.decoder
         decoder._decode_tensor = partial(scores_of, decoder._decode_tensor)

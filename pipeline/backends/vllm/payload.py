@@ -2,8 +2,9 @@
 
 vLLM would hash token ids, block by block, to find what it has computed before: a tenth of a millisecond a request, in the one process that has to
 serve all. So the ids are all 0, which costs least to carry, and the digests come with the request: a mark every MARK tokens of the history, which
-stands for all tokens up to there, their kinds and every column. Any block size is a number of marks; `inside.cache` makes blocks' hashes of them.
-Static tokens see each other both ways: the salt stands for all of them, so that no K/V is found under another static part. Two histories would have
+stands for every column of all tokens up to there. Any block size is a number of marks; `inside.cache` makes blocks' hashes of them.
+Static tokens see each other both ways: the salt stands for all of them, and thereby for the kind of each token, so that no K/V is found under another
+static part. Two histories would have
 to collide in two sums of 64 bits at once to be taken for each other. Candidates have no marks.
 """
 
@@ -95,18 +96,6 @@ def flattened(request: RankingRequest) -> Flat:
     events, static, candidates = request.events.shape, request.static_count, request.candidates.shape
     lengths = Lengths(len(request.user), static, events[0] - static, candidates[0], events[1], candidates[1], request.cross.shape[1])
     return Flat(lengths, joined.tobytes(), request.cross.astype(np.float32, copy=False).tobytes(), request.user_key)
-
-
-def restored(flat: Flat) -> RankingRequest:
-    """The request again, without its arrival."""
-    ids, at, parts = np.frombuffer(flat.ids, np.int32).astype(np.int64), 0, []
-    for shape in _shapes(flat.lengths):
-        parts.append(ids[at : at + prod(shape)].reshape(shape))
-        at += prod(shape)
-    user, events, candidates, visible = parts
-    cross = np.frombuffer(flat.cross, np.float32).reshape(len(candidates), flat.lengths.cross_columns)
-    static = flat.lengths.static
-    return RankingRequest(user=user, events=events, static_count=static, candidates=candidates, cross=cross, visible=visible, user_key=flat.user_key)
 
 
 def encode(request: RankingRequest) -> Prompt:
@@ -205,5 +194,6 @@ def _places(count: int) -> NDArray[np.uint64]:
 
 @functools.cache
 def _keys(count: int) -> NDArray[np.uint64]:
-    """[count, 2] odd numbers of 64 random bits: a single pair of ids that differs is never missed, and several in both lanes once in 2^64 at most."""
+    """[count, 2] odd numbers of 64 random bits: a single pair of ids that differs is never missed, and several that have nothing to do with each
+    other about once in 2^62. Ids that differ by multiples of large powers of two are told apart by fewer bits."""
     return np.random.default_rng(count).integers(0, 2**63, (count, 2), dtype=np.uint64) * np.uint64(2) + np.uint64(1)

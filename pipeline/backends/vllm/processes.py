@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 
 from pipeline import errors, pauses
-from pipeline.backends.vllm.payload import Flat, flattened, restored
+from pipeline.backends.vllm.payload import Flat, flattened
 from pipeline.backends.vllm.session import full
 from pipeline.contracts import FeatureSchema, RankingRequest, Scores, Settings
 from pipeline.errors import AutotuneError, InvalidRequest, MachineError, SettingsError
@@ -48,12 +48,8 @@ RESERVE_MIB = 4096
 LEAST_MIB = 256
 
 
-Accept = Callable[[Flat], Future[Scores]]
-"""A session's `submit` for what the session's process has validated: `accept` where it has that."""
-
-
 class Task(NamedTuple):
-    """What each member loads: `module` has a BACKEND."""
+    """What each member loads: `module` has a BACKEND, whose sessions have `accept`, as of VllmSession."""
 
     module: str
     engine: Path
@@ -294,11 +290,10 @@ class _Member:
             self._answer(-1, error)
             raise
         self._answer(-1, None, dict(session.effective))
-        accept: Accept = getattr(session, "accept", lambda flat: session.submit(restored(flat)))
         while True:
             number, what, content = pickle.loads(self._inbox.recv())
             if what == "score":
-                self._score(accept, number, content)
+                self._score(session.accept, number, content)
             elif what == "cancel":
                 if future := self._waiting.pop(number, None):
                     future.cancel()
@@ -309,7 +304,7 @@ class _Member:
             else:
                 self._answer(number, None, getattr(session, what)())
 
-    def _score(self, accept: Accept, number: int, request: Flat) -> None:
+    def _score(self, accept: Callable[[Flat], Future[Scores]], number: int, request: Flat) -> None:
         try:
             future = accept(request)
         except (InvalidRequest, RuntimeError) as error:

@@ -10,7 +10,7 @@ A step that is to run as a captured graph has the `Room` of one: its arrays are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -78,6 +78,19 @@ def rooms(sizes: Sequence[int]) -> tuple[Room, ...]:
     found = [_room(size, events=size // 2, candidates=size) for size in sizes]
     found += [_room(size, events=size, candidates=size // 2) for size in {*whole[::2], *whole[-1:]}]
     return tuple(sorted(found, key=lambda room: (room.rows, room.candidates)))
+
+
+def dry_rooms(sizes: Sequence[int], graphs: Sequence[Room]) -> tuple[Room, ...]:
+    """Of steps that between them need every kernel that a step of up to the last of `sizes` rows may need and `graphs` have not compiled.
+
+    What a kernel is compiled for depends on how many rows a layer has, and with them on how many programs share its keys. The last layer's are
+    candidates alone, of which even a large step may have a few.
+    """
+    reach = graphs[-1].rows if graphs else 0
+    every = rooms(sizes)
+    large = next((room for room in every if room.rows > SMALL), None)
+    few = [replace(large, candidates=count) for count in range(128, 2049, 128)] if large else []
+    return (*(room for room in every if room.rows > reach), *few)
 
 
 def _room(rows: int, events: int, candidates: int) -> Room:

@@ -47,6 +47,11 @@ def placed(step: Step, room: Room, places: int | Pages) -> Pages:
     return pages_of(step) if isinstance(places, int) else Pages(places.table[: room.requests], places.slots[: room.rows])
 
 
+def splits_of(rows: int, heads: int, block: int) -> int:
+    """Programs that share the keys of a query tile, where there are so many queries."""
+    return max(1, min(4, PROGRAMS // (heads * -(-rows // block))))
+
+
 class PagedBlock(Block):
     """A layer with a cache, `self.cached`: vLLM's layer of the same number, a tuple of one because it is no part of this one."""
 
@@ -58,7 +63,7 @@ class PagedBlock(Block):
             return torch.zeros_like(q)
         cache = typed(cache)
         pages.write(k, v, mask.pages.slots, mask.kind, cache)
-        splits = max(1, min(4, PROGRAMS // (self.heads * -(-len(q) // mask.block))))
+        splits = splits_of(len(q), self.heads, mask.block)
         return attention.forward(
             q, k, v, tiles, limit, heads=self.heads, block_m=mask.block, alpha=self.alpha, scale=self.scale, cache=cache, table=mask.pages.table,
             splits=splits, out_dtype=torch.float32 if q.dtype == torch.float16 else q.dtype, tf32=self.tf32,

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from pipeline import pauses
 from pipeline.backends.vllm.options import capture_sizes
 from pipeline.backends.vllm.payload import KEY, decode
-from pipeline.backends.vllm.step import Room, plan, rooms
+from pipeline.backends.vllm.step import Room, dry_rooms, plan, rooms
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -52,9 +52,7 @@ class MtgrWorker(Worker):
         places = self.own.pages if self.own else Pages(batch.block_table.gpu, batch.slot_mapping.gpu)
         captured = rooms(own.get("capture", ()))
         if self.device.type == "cuda":  # Triton's interpreter compiles nothing
-            reach = captured[-1].rows if captured else 0
-            every = rooms(capture_sizes(config.scheduler_config.max_num_batched_tokens))
-            model.network.warm([room for room in every if room.rows > reach], places)
+            model.network.warm(dry_rooms(capture_sizes(config.scheduler_config.max_num_batched_tokens), captured), places)
         if captured:
             model.capture(captured, places)
             self.captured = captured

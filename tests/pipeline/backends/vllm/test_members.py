@@ -24,16 +24,17 @@ from model.config import SIZES
 from model.oracle import oracle_scores
 from pipeline.backends import registry
 from pipeline.backends.vllm import processes
-from pipeline.backends.vllm.payload import flattened, restored
+from pipeline.backends.vllm.payload import flattened
 from pipeline.backends.vllm.processes import Processes, Task, divided, member_of
 from pipeline.contracts import RankingRequest, Settings
 from pipeline.errors import InvalidRequest, MachineError, Overloaded, SettingsError
 from tests.factories import SCHEMA, random_request
 from tests.model.lively import lively_model
+from tests.pipeline.backends.vllm.eager_member import restored
 from tests.pipeline.backends.vllm.engines import TINY
 
 WHOLE: Settings = {"engine.processes": 2, "engine.gpu_memory_utilization": 0.9, "engine.kv_cache_memory_mib": 0, "engine.host_cache_gib": 6.0}
-EAGER = "pipeline.backends.eager"
+EAGER = "tests.pipeline.backends.vllm.eager_member"
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ def test_too_little_memory_is_refused(gpu: float, message: str) -> None:
         divided(WHOLE, gpu, 600)
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 def test_two_engines_of_vllm(tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vllm is not installed")
     backend = registry.get("vllm")
@@ -238,6 +239,9 @@ def test_two_engines_of_vllm(tmp_path: Path) -> None:
             for request, future in [(request, session.submit(request)) for request in requests]:
                 np.testing.assert_allclose(future.result(120), oracle_scores(model, request), atol=2e-6)
             assert (session.counters()["cached_tokens"] > 0) == bool(again)
+        below = [child.name() for member in session._members for child in psutil.Process(member.pid).children(recursive=True)]  # type: ignore[attr-defined]
+        assert not any("Core" in name for name in below), below  # each member is its engine's core
+        session.submit(requests[0]).cancel()
         session.forget()  # type: ignore[attr-defined]
         before = session.counters()["cached_tokens"]
         session.submit(requests[0]).result(60)

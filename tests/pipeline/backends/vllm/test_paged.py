@@ -16,10 +16,13 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from model import kernels
+from model.kernels import linear, norms
 from model.oracle import oracle_scores
 from pipeline import pauses
 from pipeline.backends.vllm.inside.graphs import StepGraphs
-from pipeline.backends.vllm.step import Room
+from pipeline.backends.vllm.inside.paged import splits_of
+from pipeline.backends.vllm.options import capture_sizes
+from pipeline.backends.vllm.step import SMALL, Room, dry_rooms, rooms
 from pipeline.contracts import RankingRequest
 from tests.factories import random_request
 from tests.pipeline.backends.vllm.engines import TINY, Engine, open_engine
@@ -34,6 +37,7 @@ KERNELS: dict[str, Any] = {"max_num_batched_tokens": 256}
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """Where nothing can be captured, a replay runs the network over the graph's arrays again."""
     with pytest.MonkeyPatch.context() as patch:
+        sys.setswitchinterval(0.005)
         if not torch.cuda.is_available():
             patch.setattr(StepGraphs, "captured", lambda self, run: run)
         wanted = {"kernels": True, "capture": CAPTURED if request.param == "graphs" else ()}
@@ -76,12 +80,37 @@ def test_steps_of_nothing_leave_pages_and_scores_as_they_are(engine: Engine) -> 
     assert abs(after.scores - before.scores).max() < 1e-6
 
 
+def compiled_for(rows: int, candidates: int, events: int, heads: int) -> set[Any]:
+    """What kernels are compiled for in a step of so many, on an H200: `PagedBlock`, its last one, and the products before and after."""
+    width, block, half = 64 * heads, 64 if rows <= SMALL else 128, torch.bfloat16
+    found: set[Any] = set()
+    for count in (rows, candidates):
+        splits = splits_of(count, heads, block)
+        found |= {("attention", block, splits), ("gated", splits, norms.cut(count, True)), ("merge", linear.chosen(count, width, half, 132))}
+    found |= {("norm", norms.cut(rows, False)), *(("all", part, linear.chosen(rows, part * width, None, 132)) for part in (2, 4))}
+    found |= {("candidates", part, linear.chosen(candidates, part * width, None, 132)) for part in (1, 2)}
+    return found | ({("events", linear.chosen(events, width, None, 132))} if events else set())
+
+
+@pytest.mark.parametrize("heads", [2, 4, 8, 12, 16])
+@pytest.mark.parametrize("captured", [0, 512, 8192, 32768])
+def test_dry_steps_need_every_kernel_that_a_step_may_need(heads: int, captured: int) -> None:
+    rng, graphs = np.random.default_rng(0), rooms(capture_sizes(captured)) if captured else ()
+    dry = (*graphs, *dry_rooms(capture_sizes(32768), graphs))
+    known = set.union(*(compiled_for(room.rows, room.candidates, room.events, heads) for room in dry))
+    for _ in range(3000):
+        rows = int(np.exp(rng.uniform(0, np.log(32768))))
+        candidates = int(np.exp(rng.uniform(0, np.log(rows))))
+        missing = compiled_for(rows, candidates, rows - candidates, heads) - known
+        assert not missing, (rows, candidates, missing)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="nothing is compiled in the interpreter")
 @pytest.mark.parametrize("own", [True, False], ids=["our runner", "vllm's runner"])
 @pytest.mark.parametrize("capture", [(), (16, 32, 64)], ids=["no graphs", "small graphs"])
 def test_no_step_compiles_a_kernel(capture: tuple[int, ...], own: bool, tmp_path: Path) -> None:
     rng, wanted = np.random.default_rng(4), {"kernels": True, "capture": capture, "runner": own}
-    config = replace(TINY, max_seq_len=1024)
+    config = replace(TINY, d_model=256, heads=8, max_seq_len=1024)
     changes = {"max_model_len": 1024, "max_num_batched_tokens": 8192, "max_num_seqs": 64, "kv_cache_memory_mib": 64}
     with open_engine(tmp_path, config, precision="bf16", raw={"additional_config": wanted}, **changes) as engine:
         before = kernels.compiled()

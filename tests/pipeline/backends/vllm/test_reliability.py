@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM lives in an interpreter of its own; make test-vllm")
 
@@ -34,14 +35,25 @@ def model() -> MTGR:
     return lively_model(TINY)
 
 
-@pytest.fixture(scope="module", params=[1, 0], ids=["core in a process", "core in this one"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((1, False), id="core in a process"),
+        pytest.param((0, False), id="core in this one"),
+        pytest.param(
+            (0, True), id="ahead in this one", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM plans no CPU's steps ahead")
+        ),
+    ],
+)
 def session(model: MTGR, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmSession]:
     folder = tmp_path_factory.mktemp("vllm")
     save(folder / "checkpoint", model)
     (folder / "engine").mkdir()
     BACKEND.build(folder / "checkpoint", {}, folder / "engine")
     pool = {"engine.kv_cache_memory_mib": POOL_MIB, "engine.max_num_batched_tokens": 1024, "engine.enforce_eager": True}
-    session = BACKEND.load(folder / "engine", {**pool, "engine.processes": request.param, "serve.queue_limit": LIMIT})
+    processes, ahead = request.param
+    how = {"engine.processes": processes, "engine.async_scheduling": ahead, "serve.queue_limit": LIMIT}
+    session = BACKEND.load(folder / "engine", {**pool, **how})
     yield session
     session.close()
 
