@@ -216,7 +216,6 @@ def test_too_little_memory_is_refused(gpu: float, message: str) -> None:
         divided(WHOLE, gpu, 600)
 
 
-@pytest.mark.smoke
 def test_two_engines_of_vllm(tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vllm is not installed")
     backend = registry.get("vllm")
