@@ -1,8 +1,8 @@
 """vLLM's V1 engine: histories' K/V is kept in pages and found again when a user returns; the only engine here that remembers anybody.
 
 With `engine.processes` of 1 its core runs in a process of its own, with 0 in this one, and with more there are as many engines, each in a process of
-its own (`processes`). Settings carry vLLM's own names (`options`); whether vLLM takes them together
-only vLLM knows, so it is asked, and what it refuses is the settings' fault in its words.
+its own (`processes`). Settings carry vLLM's own names (`options`); whether vLLM takes them together only vLLM knows, so it is asked, and what it
+refuses is the settings' fault in its words.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ the model's forward; that method is the door.
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -36,7 +37,8 @@ class MtgrWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         """And compile what steps need, and capture steps: by now the pages have their place."""
-        pauses.shorten()  # this process may be a core's own: requests are read in one thread, and steps planned in another
+        # This process may be a core's own, whose heap vLLM freezes: requests are read in one thread, and steps planned in another.
+        sys.setswitchinterval(pauses.SWITCH_S)
         times = super().compile_or_warm_up_model()
         model = self.model_runner.get_model()
         if not model.kernels:
