@@ -43,9 +43,9 @@ Progress = Callable[[float, str], None]
 BATCH = 8
 """Requests in one calibration batch: bounds memory, changes nothing else."""
 
-COMPARED, COMPARED_TOKENS = 32, 8192
+COMPARED, COMPARED_TOKENS, COMPARED_PAIRS = 32, 8192, 2**20
 """Requests on which what engines read is compared with the fake-quantised model, and that with the float model; of long ones fewer, at least two,
-because the inputs of all layers are kept for it."""
+because what is rounded in all layers is kept for it: inputs, and where attention is rounded a value for each pair of tokens and head."""
 
 
 def quantise(checkpoint: Path, recipe: str, requests: Path, out: Path, progress: Progress, mix: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def quantise(checkpoint: Path, recipe: str, requests: Path, out: Path, progress:
     _require_layers(model, chosen)
 
     out.mkdir(parents=True, exist_ok=True)
-    compared = _few(calibration)
+    compared = _few(calibration, chosen)
     unrounded = _scores(model, compared)
     model = tables.quantise(model, chosen.tables)
     found, figures = (
@@ -108,7 +108,7 @@ def _by_the_quantiser(
     save_state(model, out / STATE)
     _require_same(model, restore(checkpoint, out / STATE, recipe))
     progress(0.7, f"writing what engines read of {recipe.name}, and comparing it with the model")
-    found, compared = scales.roundings(model), _few(requests)
+    found, compared = scales.roundings(model), _few(requests, recipe)
     scales.write_weights(model, out / WEIGHTS)
     figures = scales.compare(model, out / WEIGHTS, found, recipe.tables, compared)
     if recipe.number == "int8":
@@ -207,9 +207,13 @@ def _require_layers(model: MTGR, recipe: Recipe) -> None:
         raise UserError(f"{recipe.name} rounds the attention of layer=hstu, and this model is {model.config.layer}; use another recipe")
 
 
-def _few(requests: Sequence[RankingRequest]) -> Sequence[RankingRequest]:
-    """The first of them, as many as are compared."""
-    within = np.searchsorted(np.cumsum([request.tokens for request in requests]), COMPARED_TOKENS, side="right")
+def _few(requests: Sequence[RankingRequest], recipe: Recipe) -> Sequence[RankingRequest]:
+    """Those that are compared: the first, or where attention is rounded the shortest."""
+    tokens, most = [request.tokens for request in requests], COMPARED_TOKENS
+    if recipe.attention != "float":
+        requests = sorted(requests, key=lambda request: request.tokens)
+        tokens, most = [request.tokens**2 for request in requests], COMPARED_PAIRS
+    within = np.searchsorted(np.cumsum(tokens), most, side="right")
     return requests[: max(2, min(COMPARED, int(within)))]
 
 

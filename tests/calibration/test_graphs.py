@@ -95,6 +95,16 @@ def test_a_wrong_scale_is_caught(recipe: str, wrong: str, quantised_by: Callable
         parity.compare(served(folder, recipe), tmp_path / "model.onnx", load_requests(base / "calibration.npz"))
 
 
+def test_what_a_trained_networks_own_noise_does_is_a_tie_and_a_twentieth_of_a_step_is_none() -> None:
+    round_ = rounded.Round(rounded.Rounding(number="int8", largest=127.0))  # steps of 1
+    sides = {"it": [torch.tensor([2.0, 7.0])]}
+    with parity._take_sides({"it": round_}, sides) as ties:
+        assert round_(torch.tensor([2.506, 7.1])).tolist() == [2.0, 7.0]  # by itself 3 and 7
+    assert ties == {"it": 1}
+    with parity._take_sides({"it": round_}, sides), pytest.raises(AssertionError, match=r"at ties, and it is 0\.05 steps off one"):
+        round_(torch.tensor([2.55, 7.1]))
+
+
 def test_rounding_that_is_off_by_a_fifth_of_a_step_is_caught(quantised_by: Callable[[str], Quantised], base: Path, tmp_path: Path) -> None:
     """Every value then falls to one of its two neighbours, and a fifth of them to the wrong one."""
     recipe, folder, _ = quantised_by("int8_max")

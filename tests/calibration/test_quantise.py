@@ -252,11 +252,21 @@ def test_a_flipped_byte_in_the_checkpoint_is_refused(base: Path, tmp_path: Path)
 
 
 def test_long_requests_are_compared_fewer_at_a_time() -> None:
-    rng = np.random.default_rng(0)
+    rng, recipe = np.random.default_rng(0), get("int8_max")
     short, long = ([random_request(rng, static=events, realtime=0, candidates=4)] * 50 for events in (20, 2000))
-    assert (len(_few(short)), len(_few(long))) == (32, 4)
-    assert len(_few([*long[:3], random_request(rng, static=20_000, realtime=0, candidates=4)])) == 3
-    assert len(_few([random_request(rng, static=20_000, realtime=0, candidates=4)] * 3)) == 2
+    assert (len(_few(short, recipe)), len(_few(long, recipe))) == (32, 4)
+    longest = random_request(rng, static=20_000, realtime=0, candidates=4)
+    assert len(_few([*long[:3], longest], recipe)) == 3
+    assert len(_few([longest] * 3, recipe)) == 2
+
+
+def test_where_attention_is_rounded_the_shortest_are_compared() -> None:
+    rng, recipe = np.random.default_rng(0), get("fp8_attention")
+    requests = [random_request(rng, static=events, realtime=0, candidates=4) for events in range(1000, 0, -20)]
+    compared = _few(requests, recipe)
+    assert list(compared) == requests[: -1 - len(compared) : -1]
+    assert sum(request.tokens**2 for request in compared) <= 2**20 < sum(request.tokens**2 for request in requests[-1 - len(compared) :])
+    assert len(_few(requests[:5], recipe)) == 2
 
 
 @pytest.mark.parametrize(("free", "where"), [(10**9, "cuda"), (10**5, "cpu")])
@@ -273,11 +283,11 @@ def test_a_model_is_calibrated_on_a_gpu_that_has_room_for_it(free: int, where: s
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["int8_max", "int8_smoothquant", "fp8_attention", "int4_awq", "nvfp4"])
-def test_a_gpu_finds_the_ranges_of_a_cpu(name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_finds_the_ranges_and_factors_of_a_cpu(name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         quantise(base / "checkpoint", name, base / "calibration.npz", tmp_path / str(there), silent)
         config = json.loads((tmp_path / str(there) / "config.json").read_text())
-        found.append({layer: rounding["largest"] for layer, rounding in config["roundings"].items()})
-    assert found[0] == pytest.approx(found[1], rel=1e-3)
+        found.append([[rounding.get("largest", 0.0), *rounding.get("pre_scale", ())] for rounding in config["roundings"].values()])
+    assert np.concatenate(found[0]) == pytest.approx(np.concatenate(found[1]), rel=1e-3)

@@ -66,3 +66,18 @@ def test_no_fork_where_threads_cannot_be_given_back(tmp_path: Path, monkeypatch:
     for library in (Old, Busy):
         monkeypatch.setattr("ctypes.CDLL", lambda path, library=library: library())
         assert not forking.ready()
+
+
+def test_no_fork_where_cuda_would_not_start_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    assert forking.ready()
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert not forking.ready()
+
+
+def test_whoever_has_asked_for_a_gpu_and_found_one_does_not_fork() -> None:
+    pytest.importorskip("torch")
+    script = "import torch; from pipeline import forking; found = torch.cuda.is_available(); print(forking.ready() is not found)"
+    root = Path(__file__).resolve().parents[2]
+    ran = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=100)
+    assert ran.stdout.strip() == "True", ran.stdout + ran.stderr
