@@ -18,7 +18,7 @@ from pathlib import Path
 HARD = 2
 """omp_pause_hard of OpenMP 5.0: give back all that can be."""
 MAPS = Path("/proc/self/maps")
-LIBRARY = re.compile(r"(/.*/lib[gi]?omp5?(?:[-.][^/]*)?\.so[^/]*)$", re.MULTILINE)
+LIBRARY = re.compile(r"(/.*/lib[gi]?omp5?(?:[-.][^/\n]*)?\.so[^/\n]*)$", re.MULTILINE)
 
 
 def ready() -> bool:

@@ -56,7 +56,10 @@ def test_no_fork_where_threads_cannot_be_given_back(tmp_path: Path, monkeypatch:
     assert forking.ready()  # not Linux
     maps.write_text("7f00-7f01 r-xp 00000000 08:01 11 /scipy/_decomp.so\n7f02-7f03 rw-p 00000000 00:00 0\n")
     assert forking.ready()  # none is loaded
-    maps.write_text("7f00-7f01 r-xp 00000000 08:01 11 /my torch/lib/libgomp-a34b.so.1\n7f01-7f02 r--p 00000000 08:01 11 /libomp-14/x.dat\n")
+    maps.write_text(
+        "7f00-7f01 r-xp 00000000 08:01 11 /my torch/lib/libgomp-a34b.so.1\n7f01-7f01 rw-p 00000000 00:00 0\n"
+        "7f01-7f02 r--p 00000000 08:01 11 /libomp-14/x.dat\n"
+    )
     asked: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr("ctypes.CDLL", asked.append)
