@@ -201,7 +201,7 @@ def result_table(decision: Decision, names: Mapping[str, str]) -> Table:
     table = Table("", "baseline", shipped if decision.winner_figure else "", title=title, title_justify="left")
     table.add_row("engine", names.get("baseline", ""), names.get("winner", ""))
     table.add_row(f"[bold]{decision.metric}[/]", figure(decision.baseline), figure(decision.winner_figure))
-    table.add_row("improvement", f"noise up to x{decision.noise_floor:.3f}", f"x{figure(decision.ratio)}" if decision.ratio else "")
+    table.add_row("improvement", f"one window's noise up to x{decision.noise_floor:.3f}", f"x{figure(decision.ratio)}" if decision.ratio else "")
     if decision.flattery:
         table.add_row("the search said", "", f"x{figure(decision.flattery)} as much")
     baseline, winner = decision.figures.get("baseline", {}), decision.figures.get("winner", {})

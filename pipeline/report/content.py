@@ -74,7 +74,7 @@ def decision(study: StudyFolder) -> list[Block]:
         tiles.append((who, _number(found.metric, found.winner_figure.value), _interval(found.metric, found.winner_figure)))
     if found.ratio:
         tiles.append(("improvement", f"{found.ratio.value:.2f} x", f"95 %: {found.ratio.low:.2f} to {found.ratio.high:.2f}"))
-    tiles.append(("noise floor", f"{found.noise_floor:.3f} x", "baseline against itself"))
+    tiles.append(("noise floor", f"{found.noise_floor:.3f} x", "one window of the baseline against another"))
     blocks: list[Block] = [Text(text=VERDICT[found.outcome], strong=True), Text(text=found.reason), Tiles(tiles=tuple(tiles))]
     chosen = facts.shipped(study)
     if chosen is not None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from pipeline import gate
+from pipeline.noise import of_means
 from pipeline.records import Decision, StudyFolder, TrialRecord
 from pipeline.report import facts, figures
 from pipeline.report.blocks import Block, Drawing, Table, Text
@@ -16,6 +17,7 @@ from pipeline.report.blocks import Block, Drawing, Table, Text
 NOISE: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "window_deviation": ("standard deviation of one window", lambda v: f"{v:.1%}"),
     "floor": ("noise floor: two windows of the baseline against each other", lambda v: f"{v:.3f} x"),
+    "floor_of_means": ("the same for means of a confirmation's windows", lambda v: f"{v:.3f} x"),
     "degrees_of_freedom": ("degrees of freedom behind them", lambda v: f"{v:.0f}"),
     "confirm_pairs": ("pairs of windows in a confirmation", lambda v: f"{v:.0f}"),
     "minimum_detectable_improvement": ("least improvement they confirm, 80 % power", lambda v: f"{v:.1%}"),
@@ -105,12 +107,14 @@ def _calibration(study: StudyFolder, base: TrialRecord, chosen: TrialRecord | No
 def noise(study: StudyFolder) -> list[Block]:
     """What the study could detect, and by how much the search flattered what it found."""
     known = {name: value for name, value in study.record.noise.items() if value is not None}
+    if known.get("confirm_pairs", 1) > 1 and "floor" in known:
+        known["floor_of_means"] = of_means(known["floor"], int(known["confirm_pairs"]))
     rows = [(label, shown(known[name])) for name, (label, shown) in NOISE.items() if name in known]
     blocks: list[Block] = []
     if rows:
         text = (
-            f"From the baseline's windows in the search, before anything was tried, for {study.record.goal.objectives[0].metric}. Improvements below "
-            "the noise floor are no difference, however many pairs are measured."
+            f"From the baseline's windows in the search, before anything was tried, for {study.record.goal.objectives[0].metric}. An improvement is "
+            "the ratio of means of a confirmation's windows; one below the noise floor of such means is no difference."
         )
         blocks += [Text(text=text), Table(header=("noise", ""), rows=tuple(rows))]
     found, chosen = study.decision, facts.shipped(study)

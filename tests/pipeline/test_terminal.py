@@ -117,7 +117,15 @@ def test_the_result_table_holds_what_was_decided() -> None:
     out = io.StringIO()
     Console(file=out, width=140).print(terminal.result_table(DECISION, {"baseline": "eager", "winner": "onnxruntime threads=2"}))
     text = out.getvalue()
-    for piece in ("22.41 (21 to 24)", "9.3 (8.8 to 9.9)", "x2.41 (2.2 to 2.63)", "noise up to x1.040", "0.8021", "0.802", "onnxruntime threads=2"):
+    for piece in (
+        "22.41 (21 to 24)",
+        "9.3 (8.8 to 9.9)",
+        "x2.41 (2.2 to 2.63)",
+        "one window's noise up to x1.040",
+        "0.8021",
+        "0.802",
+        "onnxruntime threads=2",
+    ):
         assert piece in text
     assert "window/batches" not in text
     remembers = {**DECISION.figures, "winner": {**DECISION.figures["winner"], "window/history_found_share": 0.7346}}
