@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import forking
+from pipeline.interpreters import ROOT
 
 SCRIPT = """
 import os, signal, time
@@ -35,12 +36,17 @@ print("the child", "hangs" if not ended[0] else ended[1])
 """
 
 
+def said(script: str) -> str:
+    """What the script, in a process of its own, prints."""
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert not ran.returncode, ran.stdout + ran.stderr
+    return ran.stdout.strip()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at what Linux tells of a process")
-def test_a_forked_process_computes_where_this_one_has(tmp_path: Path) -> None:
+def test_a_forked_process_computes_where_this_one_has() -> None:
     pytest.importorskip("torch")
-    root = Path(__file__).resolve().parents[2]
-    ran = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, timeout=100)
-    assert ran.stdout.strip() == "the child 0", ran.stdout + ran.stderr
+    assert said(SCRIPT) == "the child 0"
 
 
 def test_no_fork_where_threads_cannot_be_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +86,4 @@ def test_no_fork_where_cuda_would_not_start_in_the_child(monkeypatch: pytest.Mon
 
 def test_whoever_has_asked_for_a_gpu_and_found_one_does_not_fork() -> None:
     pytest.importorskip("torch")
-    script = "import torch; from pipeline import forking; found = torch.cuda.is_available(); print(forking.ready() is not found)"
-    root = Path(__file__).resolve().parents[2]
-    ran = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=100)
-    assert ran.stdout.strip() == "True", ran.stdout + ran.stderr
+    assert said("import torch; from pipeline import forking; found = torch.cuda.is_available(); print(forking.ready() is not found)") == "True"

@@ -4,8 +4,7 @@ vLLM would hash token ids, block by block, to find what it has computed before: 
 serve all. So the ids are all 0, which costs least to carry, and the digests come with the request: a mark every MARK tokens of the history, which
 stands for every column of all tokens up to there. Any block size is a number of marks; `inside.cache` makes blocks' hashes of them.
 Static tokens see each other both ways: the salt stands for all of them, and thereby for the kind of each token, so that no K/V is found under another
-static part. Two histories would have
-to collide in two sums of 64 bits at once to be taken for each other. Candidates have no marks.
+static part. Two histories would have to collide in two sums of 64 bits at once to be taken for each other. Candidates have no marks.
 """
 
 from __future__ import annotations
